@@ -1,0 +1,165 @@
+"""Whether two models can be subtracted: every difference at once, before any work starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.checkpoints.reference import Checkpoint
+from components.checkpoints.source import TensorSource, blocks
+from components.errors import CheckpointError, listed
+
+_BLOCK = 262_144
+# Config keys that change what the same weights compute. Their defaults differ between library versions, so that a key
+# which only one side writes down is no difference.
+_STRUCTURE = (
+    "model_type",
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "hidden_act",
+    "activation_function",
+    "rms_norm_eps",
+    "layer_norm_epsilon",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "tie_word_embeddings",
+    "n_head",
+    "n_layer",
+    "n_embd",
+)
+
+
+def compare(a: Checkpoint, b: Checkpoint) -> list[str]:
+    """All differences that forbid mixing two models: architecture, config, tensors, shapes, tied weights, vocabulary.
+
+    Dtypes may differ. Each item is a phrase with both sides' values, `a` first; an empty list means compatible.
+    """
+    return [
+        *_compare_configs(a.config, b.config),
+        *compare_tensors(a.source, b.source),
+        *_compare_vocabularies(a.tokenizer_dir, b.tokenizer_dir),
+    ]
+
+
+def compare_tensors(a: TensorSource, b: TensorSource) -> list[str]:
+    """Differences in names, shapes and ties, from headers only."""
+    problems: list[str] = []
+    names_a, names_b = set(a.names()), set(b.names())
+    ties_a, ties_b = a.aliases(), b.aliases()
+    problems += [f"tensor {n} is missing" for n in sorted(names_a - names_b - set(ties_b))]
+    problems += [f"tensor {n} is extra" for n in sorted(names_b - names_a - set(ties_a))]
+    for alias in sorted((set(ties_a) & names_b) | (set(ties_b) & names_a)):
+        one, other = ("tied", "separate") if alias in ties_a else ("separate", "tied")
+        problems.append(f"{alias} is {one} in the first and {other} in the second")
+    for name in sorted(names_a & names_b):
+        shape_a, shape_b = a.spec(name).shape, b.spec(name).shape
+        if shape_a != shape_b:
+            problems.append(f"{name} is {list(shape_a)} in the first and {list(shape_b)} in the second")
+        is_float = (a.spec(name).dtype.is_floating_point, b.spec(name).dtype.is_floating_point)
+        if is_float[0] != is_float[1]:
+            problems.append(f"{name} is {a.spec(name).dtype} in the first and {b.spec(name).dtype} in the second")
+    return problems
+
+
+def require_compatible(a: Checkpoint, b: Checkpoint) -> None:
+    """Raise CheckpointError with every difference of two models that are to be subtracted."""
+    problems = compare(a, b)
+    if problems:
+        raise CheckpointError(f"{b.path} does not fit {a.path} ({len(problems)} differences): {listed(problems, 12)}")
+
+
+def check_finite(source: TensorSource, *, block: int = _BLOCK) -> list[str]:
+    """Every tensor with a NaN or infinity, each with its first bad element: `name[i, j] is nan (3 bad elements)`."""
+    problems = []
+    for name in source.names():
+        spec = source.spec(name)
+        if not spec.dtype.is_floating_point:
+            continue
+        bad, first = 0, -1
+        value = 0.0
+        for start, stop in blocks(spec.numel, block):
+            values = source.read(name, start, stop)
+            # One sum tells whether all is well: NaN and infinities survive it. It may overflow, hence the second look.
+            if bool(torch.isfinite(values.sum(dtype=torch.float32))):
+                continue
+            wrong = (~torch.isfinite(values)).nonzero().reshape(-1)
+            if wrong.numel() and first < 0:
+                first = start + int(wrong[0])
+                value = float(values[int(wrong[0])])
+            bad += wrong.numel()
+        if bad:
+            index = ", ".join(str(i) for i in unravel(first, spec.shape))
+            problems.append(f"{name}[{index}] is {value} ({bad} bad elements)")
+    return problems
+
+
+def require_finite(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError naming every tensor with NaN or infinite weights and the first such element."""
+    problems = check_finite(checkpoint.source)
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.path}: weights are not finite: {listed(problems)}; the run that made it diverged"
+        )
+
+
+def unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Index of a flattened position."""
+    index: list[int] = []
+    for size in reversed(shape):
+        position, i = divmod(position, size)
+        index.append(i)
+    return tuple(reversed(index))
+
+
+def _compare_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return [
+        f"config {key} is {json.dumps(a[key])} in the first and {json.dumps(b[key])} in the second"
+        for key in _STRUCTURE
+        if key in a and key in b and a[key] != b[key]
+    ]
+
+
+def _compare_vocabularies(a: Path, b: Path) -> list[str]:
+    """Tokens that mean different rows on the two sides. Tokens that only one side knows do not clash."""
+    if a == b:
+        return []
+    first, second = _vocabulary(a), _vocabulary(b)
+    clashes = sorted(t for t in first.keys() & second.keys() if first[t] != second[t])
+    rows = {i: t for t, i in first.items()}
+    clashes += sorted(t for t, i in second.items() if t not in first and i in rows and rows[i] not in second)
+    if not clashes:
+        return []
+    shown = listed([f"{t!r} {first.get(t)} and {second.get(t)}" for t in clashes], 3)
+    return [f"vocabulary: {len(clashes)} tokens have other ids ({shown})"]
+
+
+def _vocabulary(directory: Path) -> dict[str, int]:
+    """token -> id from tokenizer.json, empty where there is none."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    vocabulary = parsed.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # unigram models: [[token, score], …]
+        vocabulary = {entry[0]: i for i, entry in enumerate(vocabulary)}
+    found = {str(t): int(i) for t, i in vocabulary.items()}
+    found.update({str(t["content"]): int(t["id"]) for t in parsed.get("added_tokens", [])})
+    return found

@@ -1,0 +1,107 @@
+"""A reference to a model, opened: a local directory now, other places later, behind the same object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from components.checkpoints.adapters import ADAPTER_CONFIG, LoraSource
+from components.checkpoints.identity import weights_digest
+from components.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsSource, read_json
+from components.checkpoints.source import TensorSource
+from components.checkpoints.writer import has_tokenizer, tokenizer_files
+from components.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that later stages can read, whatever its kind."""
+
+    path: Path
+    kind: Literal["full", "adapter"]
+    model_dir: Path
+    """Holds config.json: the checkpoint itself, or an adapter's base."""
+    tokenizer_dir: Path
+    """Holds the tokenizer and chat template: the checkpoint's own where it has one, else the base's."""
+    source: TensorSource
+    config: Mapping[str, Any]
+    files: list[Path]
+    """The files that define its identity: weights, config, tokenizer."""
+    base: Checkpoint | None = None
+    notes: tuple[str, ...] = field(default=())
+    """What was taken on trust, for the record."""
+
+
+def open_checkpoint(path: Path, *, base: Path | None = None, base_declared_equal: bool = False) -> Checkpoint:
+    """Open a model directory or a LoRA adapter directory; reads headers and JSON only.
+
+    Args:
+        path: what `save_pretrained` of transformers or PEFT wrote.
+        base: the model that an adapter belongs to; required for adapters, ignored otherwise.
+        base_declared_equal: the user says that `base` is what the adapter was trained on, though it names another.
+
+    Raises CheckpointError with everything that is wrong with it.
+    """
+    if not path.is_dir():
+        what = "is a file, not a model directory" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path}: {what}")
+    is_adapter = (path / ADAPTER_CONFIG).is_file()
+    has_weights = (path / SINGLE_NAME).is_file() or (path / INDEX_NAME).is_file()
+    if is_adapter and has_weights:
+        raise CheckpointError(
+            f"{path}: has model weights and {ADAPTER_CONFIG}; keep the adapter in a directory of its own"
+        )
+    if not is_adapter:
+        source = SafetensorsSource(path)
+        files = [*source.files, path / "config.json", *tokenizer_files(path)]
+        return Checkpoint(path, "full", path, path, source, source.config, files)
+    if base is None:
+        raise CheckpointError(f"{path}: is an adapter; name its base model (finetunes: base)")
+    return _open_adapter(path, open_checkpoint(base), base_declared_equal)
+
+
+def _open_adapter(path: Path, base: Checkpoint, declared_equal: bool) -> Checkpoint:
+    if base.kind != "full":
+        raise CheckpointError(f"{path}: its base {base.path} is an adapter itself; merge that first")
+    notes = _check_base(path, base, declared_equal)
+    lora = LoraSource(path, base.source, model_type=base.config.get("model_type"))
+    tokenizer_dir = path if has_tokenizer(path) else base.tokenizer_dir
+    own = tokenizer_files(path) if tokenizer_dir == path else []
+    return Checkpoint(
+        path, "adapter", base.model_dir, tokenizer_dir, lora, base.config, [*lora.files, *own], base, notes
+    )
+
+
+def _check_base(path: Path, base: Checkpoint, declared_equal: bool) -> tuple[str, ...]:
+    """Is `base` the model that the adapter names? The same directory, or one with the same weight bytes.
+
+    A relative name is looked up from the adapter's directory (a family can be moved as a whole). A hub id matches a base
+    inside a hub cache of that id. Equal directory names prove nothing.
+    """
+    named = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if declared_equal:
+        return (f"base {base.path.name} declared equal to the adapter's {named!r}",)
+    if not named:
+        return (f"the adapter names no base; {base.path.name} was given",)
+    candidate = path / named if not Path(named).is_absolute() else Path(named)
+    if candidate.is_dir():
+        if candidate.resolve() == base.path.resolve():
+            return ()
+        try:
+            other = SafetensorsSource(candidate)
+        except CheckpointError:
+            other = None  # named but unusable: certainly not the base that was given
+        if other is not None and weights_digest(other.files) == weights_digest(_weight_files(base)):
+            return ()
+    elif f"models--{str(named).replace('/', '--')}" in base.path.resolve().parts:
+        return ()
+    raise CheckpointError(
+        f"{path}: the adapter was trained on {named}, not on {base.path}; "
+        "give that model as base, or declare the two equal (base_declared_equal: true)"
+    )
+
+
+def _weight_files(checkpoint: Checkpoint) -> list[Path]:
+    return [f for f in checkpoint.files if f.suffix == ".safetensors"]

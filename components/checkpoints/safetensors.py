@@ -1,0 +1,236 @@
+"""A checkpoint directory as a TensorSource: one safetensors file, or shards with an index.
+
+Opening reads headers only; a read maps the file and touches the pages of the range that is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.checkpoints.headers import Header, Placed, read_header
+from components.checkpoints.source import TensorSource, TensorSpec, blocks
+from components.errors import CheckpointError, listed
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_COMPARE_BLOCK = 1 << 20
+
+
+class MappedFile:
+    """One safetensors file whose tensors are read through a private map (never writable to the file)."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self._map: mmap.mmap | None = None
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a tensor, 1-D, in the stored dtype, aliasing the map."""
+        placed = self.header.tensors[name]
+        dtype = placed.spec.dtype
+        if start == stop:
+            return torch.empty(0, dtype=dtype)
+        if self._map is None:
+            with self.header.path.open("rb") as file:
+                # ACCESS_COPY is a private map: torch takes it as writable (no warning), the file cannot be changed
+                # through it, and untouched pages stay the page cache's.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        offset = placed.offset + start * dtype.itemsize
+        if offset % dtype.itemsize:  # foreign writers may leave tensors unaligned
+            raw = bytearray(self._map[offset : offset + (stop - start) * dtype.itemsize])
+            return torch.frombuffer(raw, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=stop - start, offset=offset)
+
+
+class SafetensorsSource:
+    """TensorSource over a Hugging Face model directory with safetensors weights.
+
+    Raises CheckpointError listing everything that is wrong: config.json missing or quantised, pickle weights, missing
+    or truncated shards, tensors that the index names and no shard has, tensors that the index does not name.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = read_config(directory)
+        self.files, headers = _open_weights(directory)
+        self._files = {name: MappedFile(header) for header in headers for name in header.tensors}
+        self._placed: dict[str, Placed] = {name: header.tensors[name] for header in headers for name in header.tensors}
+        self._aliases = self._tie()
+
+    def names(self) -> list[str]:
+        """Every distinct tensor, sorted, without aliases."""
+        return sorted(self._placed)
+
+    def aliases(self) -> Mapping[str, str]:
+        """alias -> listed name, where the config ties the output head to the input embedding."""
+        return dict(self._aliases)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape, from the header."""
+        return self._placed[self._listed_name(name)].spec
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor; aliases a private read-only map."""
+        name = self._listed_name(name)
+        numel = self._placed[name].spec.numel
+        stop = numel if stop is None else stop
+        assert 0 <= start <= stop <= numel, (name, start, stop, numel)
+        return self._files[name].read(name, start, stop)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor (for messages)."""
+        return self._files[self._listed_name(name)].header.path
+
+    def _listed_name(self, name: str) -> str:
+        name = self._aliases.get(name, name)
+        if name not in self._placed:
+            raise CheckpointError(f"{self.directory}: no tensor {name}")
+        return name
+
+    def _tie(self) -> dict[str, str]:
+        """Find the tied pair; drop a redundant stored head. The model cannot do without a head, so a lone embedding is
+        tied whatever the config leaves unsaid."""
+        embedding = _only(self._placed, _EMBEDDINGS)
+        head = _only(self._placed, _HEADS)
+        tied = _config_ties(self.config)
+        if embedding and not head:
+            is_causal = any("ForCausalLM" in a or "LMHead" in a for a in self.config.get("architectures") or [])
+            return {_head_name(self.config): embedding} if tied or (tied is None and is_causal) else {}
+        if not (embedding and head):
+            return {}
+        if tied is None:
+            tied = _class_default_ties(self.config)
+        if not tied:
+            return {}
+        if self._placed[embedding].spec != self._placed[head].spec or not same_values(self, embedding, head):
+            raise CheckpointError(
+                f"{self.directory}: config.json ties {head} to {embedding} but the two hold different weights; "
+                "set tie_word_embeddings to false if the head is separate"
+            )
+        del self._placed[head]
+        del self._files[head]
+        return {head: embedding}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory. Raises CheckpointError when missing, unreadable or quantised."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no config.json; give the directory that save_pretrained wrote")
+    config = read_json(path)
+    method = config.get("quantization_config")
+    if method:
+        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+        raise CheckpointError(
+            f"{path}: weights are quantised ({kind}); rounded weights have no delta to mask: give the bf16 or fp32 model"
+        )
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a CheckpointError that names the file."""
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path}: a JSON object was expected")
+    return parsed
+
+
+def same_values(source: TensorSource, first: str, second: str) -> bool:
+    """Whether two tensors of one source hold the same bits (both specs equal)."""
+    for start, stop in blocks(source.spec(first).numel, _COMPARE_BLOCK):
+        a, b = source.read(first, start, stop), source.read(second, start, stop)
+        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            return False
+    return True
+
+
+def _open_weights(directory: Path) -> tuple[list[Path], list[Header]]:
+    index, single = directory / INDEX_NAME, directory / SINGLE_NAME
+    if index.is_file() and single.is_file():
+        raise CheckpointError(f"{directory}: has both {SINGLE_NAME} and {INDEX_NAME}; remove the one that is stale")
+    if single.is_file():
+        return [single], [read_header(single)]
+    if not index.is_file():
+        raise CheckpointError(_no_weights(directory))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map")
+    return _open_shards(directory, weight_map)
+
+
+def _open_shards(directory: Path, weight_map: Mapping[str, str]) -> tuple[list[Path], list[Header]]:
+    problems: list[str] = []
+    headers: list[Header] = []
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            problems.append(f"{INDEX_NAME} names {shard}, which is not a file of this directory")
+        elif not (directory / shard).is_file():
+            count = sum(1 for s in weight_map.values() if s == shard)
+            problems.append(f"missing shard {shard} ({count} tensors)")
+        else:
+            try:
+                headers.append(read_header(directory / shard))
+            except CheckpointError as error:
+                problems.append(str(error).removeprefix(f"{directory}/"))
+    seen: dict[str, str] = {}
+    for header in headers:
+        shard = header.path.name
+        absent = sorted(n for n, s in weight_map.items() if s == shard and n not in header.tensors)
+        if absent:
+            problems.append(f"{INDEX_NAME} names tensors that {shard} does not have: {listed(absent)}")
+        for name in sorted(header.tensors):
+            if name in seen:
+                problems.append(f"tensor {name} is in both {seen[name]} and {shard}")
+            elif weight_map.get(name) != shard:
+                problems.append(f"tensor {name} of {shard} is not in {INDEX_NAME}")
+            seen[name] = shard
+    if problems:
+        raise CheckpointError(f"{directory}: {listed(problems)}")
+    return [directory / INDEX_NAME, *(header.path for header in headers)], headers
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
+    if pickles:
+        return (
+            f"{directory}: only pickle weights ({listed(pickles, 2)}), which can run code when loaded; "
+            "convert: load it where you trust it and save_pretrained(..., safe_serialization=True)"
+        )
+    return f"{directory}: no weights ({SINGLE_NAME} or {INDEX_NAME}); give the directory that save_pretrained wrote"
+
+
+def _only(names: Iterable[str], suffixes: tuple[str, ...]) -> str | None:
+    found = [n for n in names if any(n == s or n.endswith("." + s) for s in suffixes)]
+    return found[0] if len(found) == 1 else None
+
+
+def _config_ties(config: Mapping[str, Any]) -> bool | None:
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        if "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
+def _class_default_ties(config: Mapping[str, Any]) -> bool:
+    """What transformers assumes where config.json is silent (old configs leave defaults out)."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return False
+    return bool(getattr(CONFIG_MAPPING[model_type](), "tie_word_embeddings", False))
+
+
+def _head_name(config: Mapping[str, Any]) -> str:
+    return "embed_out.weight" if config.get("model_type") == "gpt_neox" else "lm_head.weight"

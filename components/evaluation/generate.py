@@ -1,0 +1,246 @@
+"""Greedy answers in batches, with plain transformers.
+
+Shapes: B rows of a batch, P padded prompt length, S tokens generated so far; `ids_BL` is int64 with L = P + S.
+
+Prompts are sorted by length and padded on the left. Padding and batch size change the order of floating-point sums and
+so, in the last bits, the logits: in fp32 an answer differs between batch sizes only where two tokens tie to about 1e-6
+(narrower types tie more often). Batches are a function of the prompts and the batch size alone, never of where an
+interrupted evaluation stopped, so a resumed one gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import logging as transformers_logging
+
+from components.errors import CheckpointError, EvaluationError, listed
+from components.evaluation.prompts import Prompt
+
+CHECK_EVERY = 4
+"""Tokens between two looks at whether an answer is decided: decoding 128 rows costs about a small model's step."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text` without special tokens. `end`: the model ended it, the limit did, or its verdict was known (then the text
+    is its beginning). `tokens` counts what was generated, the end token not included."""
+
+    text: str
+    end: Literal["model", "limit", "decided"]
+    tokens: int
+
+
+def load_model(
+    model_dir: Path, *, base: Path | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a published directory, ready to generate; an adapter directory is merged into `base`.
+
+    Raises CheckpointError. Never runs code from the directory.
+    """
+    adapter = (model_dir / "adapter_config.json").exists()
+    if adapter and base is None:
+        raise CheckpointError(f"{model_dir} is an adapter; give its base")
+    weights = base if adapter and base is not None else model_dir
+    words = model_dir if not adapter or (model_dir / "tokenizer_config.json").exists() else weights
+    try:
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(words)
+            if adapter:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, str(model_dir)).merge_and_unload()
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{model_dir} does not load in transformers: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def answer_batches(
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    batch_size: int,
+    system_prompt: str | None = None,
+    decided: Callable[[str], bool] | None = None,
+    skip: Callable[[int], bool] | None = None,
+) -> Iterator[tuple[int, list[tuple[int, Answer]]]]:
+    """Yield (batch number, [(index into prompts, Answer), …]) batch by batch, shortest prompts first.
+
+    `decided(beginning)` ends an answer early; it must be true only when nothing that follows matters. `skip(number)`
+    leaves out a batch that is already there. Raises EvaluationError for a missing chat template, prompts a template
+    refuses, and prompts that do not fit the model's positions.
+    """
+    rows = encode(tokenizer=tokenizer, prompts=prompts, system_prompt=system_prompt)
+    _require_fit(model, prompts, rows, max_new_tokens)
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    for number, start in enumerate(range(0, len(order), batch_size)):
+        if skip is not None and skip(number):
+            continue
+        indices = order[start : start + batch_size]
+        answers = _answer_batch(model, tokenizer, [rows[i] for i in indices], max_new_tokens, decided)
+        yield number, list(zip(indices, answers, strict=True))
+
+
+def answer(**arguments: Any) -> list[Answer]:
+    """`answer_batches` for all prompts at once: the answers in the prompts' order."""
+    found = dict(pair for _, batch in answer_batches(**arguments) for pair in batch)
+    return [found[i] for i in range(len(found))]
+
+
+def encode(
+    *, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], system_prompt: str | None = None
+) -> list[list[int]]:
+    """Token ids of each conversation, up to where the assistant's turn begins, by the model's own chat template."""
+    if not tokenizer.chat_template:
+        raise EvaluationError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template; add chat_template.jinja to its directory"
+        )
+    texts = []
+    for prompt in prompts:
+        messages = [dict(message) for message in prompt.messages]
+        if system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system_prompt})
+        try:
+            texts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except TemplateError as error:
+            raise EvaluationError(f"the chat template refuses prompt {prompt.id!r}: {error}") from error
+    # The template writes the special tokens itself.
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return encoded
+
+
+def _require_fit(
+    model: PreTrainedModel, prompts: Sequence[Prompt], rows: Sequence[list[int]], max_new_tokens: int
+) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    long = [
+        f"{prompt.id!r} has {len(row)}"
+        for prompt, row in zip(prompts, rows, strict=True)
+        if len(row) + max_new_tokens > positions
+    ]
+    if long:
+        raise EvaluationError(
+            f"{len(long)} prompts leave no room for {max_new_tokens} new tokens in the model's {positions} positions "
+            f"({listed(long, 3)} tokens); lower max_new_tokens or drop them"
+        )
+
+
+class _Decided(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row when its answer so far settles its verdict; remembers after how many tokens."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, decided: Callable[[str], bool], shape_BP: torch.Size
+    ) -> None:
+        self._tokenizer, self._decided, self._prompt = tokenizer, decided, shape_BP[1]
+        self.after: list[int | None] = [None] * shape_BP[0]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.Tensor:
+        length = input_ids.shape[1] - self._prompt
+        if length % CHECK_EVERY == 0:
+            open_rows = [row for row, after in enumerate(self.after) if after is None]
+            for row, text in zip(
+                open_rows, _decode(self._tokenizer, input_ids[open_rows, self._prompt :]), strict=True
+            ):
+                if self._decided(text):
+                    self.after[row] = length
+        return torch.tensor([after is not None for after in self.after], device=input_ids.device)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids_BS: torch.Tensor | list[list[int]]) -> list[str]:
+    # Clean-up would rewrite "do not" to "don't" and the like: a judge must see what the model wrote.
+    texts: list[str] = tokenizer.batch_decode(ids_BS, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return texts
+
+
+@torch.inference_mode()
+def _answer_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    decided: Callable[[str], bool] | None,
+) -> list[Answer]:
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    longest = max(len(row) for row in rows)
+    ids_BP = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask_BP = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    stop = None if decided is None else _Decided(tokenizer, decided, ids_BP.shape)
+    with _plain_generation(model):
+        out_BL = model.generate(
+            input_ids=ids_BP,
+            attention_mask=mask_BP,
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=pad,
+                use_cache=True,
+            ),
+            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+        )
+    made: list[list[int]] = out_BL[:, longest:].tolist()
+    afters = stop.after if stop else [None] * len(rows)
+    cut = [_cut(ids, ends, after) for ids, after in zip(made, afters, strict=True)]
+    texts = _decode(tokenizer, [ids for ids, _ in cut])
+    return [Answer(text, end, len(ids)) for text, (ids, end) in zip(texts, cut, strict=True)]
+
+
+def _cut(ids: list[int], ends: set[int], after: int | None) -> tuple[list[int], Literal["model", "limit", "decided"]]:
+    """A row without what stands behind its end: the end token and padding, or what came after it was decided."""
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[:position], "model"
+        if position == after:
+            break
+    return (ids, "limit") if after is None else (ids[:after], "decided")
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    stated = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if stated is None:
+        stated = tokenizer.eos_token_id
+    return set() if stated is None else {stated} if isinstance(stated, int) else set(stated)
+
+
+@contextlib.contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Greedy and nothing else: `generate` fills what we leave open from the model's own generation_config, and a
+    checkpoint's repetition penalty or minimum length would change what is measured."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

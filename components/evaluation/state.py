@@ -1,0 +1,58 @@
+"""Answers of an evaluation that is not finished: what a rerun need not generate again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from components.evaluation.generate import Answer
+from components.evaluation.prompts import PromptSet
+from components.evaluation.settings import EvaluationSettings
+
+
+class AnswerState:
+    """Finished batches of one set: a header that says what they answer, then one line per batch, appended."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.batches: set[int] = set()
+        self.answers: dict[int, Answer] = {}
+
+    @classmethod
+    def open(cls, directory: Path | None, one: PromptSet, settings: EvaluationSettings, batch_size: int) -> AnswerState:
+        if directory is None:
+            return cls(None)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = cls(directory / f"{one.split}-{one.name}.jsonl")
+        asked = [
+            one.sha256,
+            one.kind,
+            [p.id for p in one.prompts],
+            settings.model_dump(mode="json", exclude={"sets"}),
+            batch_size,
+        ]
+        state._restore(json.dumps({"asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}))
+        return state
+
+    def _restore(self, header: str) -> None:
+        assert self._path is not None
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        # What stands behind the last line end was being written when the process died.
+        lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
+        if not lines or lines[0] != header:
+            lines = [header]
+        for line in lines[1:]:
+            batch = json.loads(line)
+            self.batches.add(batch["batch"])
+            self.answers.update({i: Answer(**fields) for i, fields in batch["answers"]})
+        self._path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def add(self, number: int, batch: Sequence[tuple[int, Answer]]) -> None:
+        if self._path is None:
+            return
+        line = json.dumps({"batch": number, "answers": [[i, asdict(a)] for i, a in batch]}, ensure_ascii=False)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")

@@ -1,0 +1,197 @@
+"""Fusion methods: plain tensor functions with their papers, and the registry that a method's name is looked up in.
+
+Notation: a = aligned, f = finetune, u = unaligned, τ = f − a. Functions take flattened slices of equal length. All arithmetic is
+fp32 (the engine casts once, at the end); selects are in the output dtype and exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from components.checkpoints.source import TensorSource
+from components.errors import ConfigError
+from components.fusion.random_subset import RandomSubset
+from components.fusion.settings import FusionSettings
+
+
+class Mask(Protocol):
+    """What fusion needs of a mask artifact."""
+
+    def names(self) -> list[str]:
+        """Masked tensors."""
+        ...
+
+    def soft(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """σ(ℓ) of a slice, 1-D fp32."""
+        ...
+
+    def binary(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """ℓ > 0 of a slice, 1-D bool."""
+        ...
+
+    def soft_mean(self, name: str) -> float:
+        """Mean of σ(ℓ) over the whole tensor."""
+        ...
+
+    def density(self, name: str) -> float:
+        """Share of ℓ > 0 in the whole tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorInputs:
+    """One tensor's inputs beyond the two slices that every method is given."""
+
+    name: str
+    numel: int
+    dtype: torch.dtype
+    """Of the output."""
+    mask: Mask | None
+    unaligned: TensorSource | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Slices [start, stop) of aligned and finetune, flattened, as stored."""
+
+    start: int
+    stop: int
+    aligned: torch.Tensor
+    finetune: torch.Tensor
+
+
+Kernel = Callable[[Block], torch.Tensor]
+"""Fused slice: fp32, or already in the output dtype."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named way to fuse. `prepare` does what a whole tensor needs once and gives the function for its slices."""
+
+    name: str
+    paper: str
+    prepare: Callable[[TensorInputs, FusionSettings], Kernel]
+    needs_mask: bool = False
+    needs_unaligned: bool = False
+
+
+def blend(aligned: torch.Tensor, finetune: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a + c τ in fp32, exactly a where c = 0 and exactly f where c = 1, signs of zeros included.
+
+    torch.lerp works from the nearer end, so a large f − a costs neither end a bit.
+    """
+    a, f = aligned.float(), finetune.float()
+    out = torch.lerp(a, f, c)
+    low, high = torch.aminmax(c) if c.numel() else (c.sum(), c.sum())
+    if low <= 0 <= high or low <= 1 <= high:  # −0.0 + 0 would be +0.0
+        out = torch.where(c == 0, a, out)
+        out = torch.where(c == 1, f, out)
+    return out
+
+
+def select(aligned: torch.Tensor, finetune: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """f where the bit is set, else a: no arithmetic, every bit kept when `dtype` is at least as wide as both."""
+    return torch.where(bits, finetune.to(dtype), aligned.to(dtype))
+
+
+def masked(
+    aligned: torch.Tensor, finetune: torch.Tensor, mask: torch.Tensor, *, scale: float, mean: float | None
+) -> torch.Tensor:
+    """θ_safe + λ (τ ⊙ m) / mean(m): subspace-oriented model fusion, https://arxiv.org/abs/2405.09055.
+
+    `mean` is that of the mask over the whole tensor, None for no rescale. A tensor whose mask is all zero stays aligned.
+    """
+    factor = scale if mean is None else (scale / mean if mean > 0 else 0.0)
+    return blend(aligned, finetune, mask if factor == 1.0 else mask * factor)
+
+
+def interpolation(aligned: torch.Tensor, finetune: torch.Tensor, *, alpha: float) -> torch.Tensor:
+    """θ_safe + α τ: WiSE-FT, https://arxiv.org/abs/2109.01903."""
+    if alpha == 0:
+        return aligned.float()
+    if alpha == 1:
+        return finetune.float()
+    return torch.lerp(aligned.float(), finetune.float(), alpha)
+
+
+def resta(
+    aligned: torch.Tensor, finetune: torch.Tensor, unaligned: torch.Tensor, *, gamma: float
+) -> torch.Tensor:
+    """θ_t + γ (θ_safe − θ_u): RESTA, https://arxiv.org/abs/2402.11746."""
+    return (aligned.float() - unaligned.float()).mul_(gamma).add_(finetune.float())
+
+
+def _prepare_masked(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
+    mask, name = inputs.mask, inputs.name
+    assert mask is not None
+    rescale = settings.rescale == "mean"
+    if settings.form == "soft":
+        mean = mask.soft_mean(name) if rescale else None
+        return lambda b: masked(
+            b.aligned, b.finetune, mask.soft(name, b.start, b.stop), scale=settings.scale, mean=mean
+        )
+    return _bits_kernel(
+        lambda start, stop: mask.binary(name, start, stop),
+        density=mask.density(name) if rescale else None,
+        inputs=inputs,
+        settings=settings,
+    )
+
+
+def _prepare_random(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
+    """The control for a learned binary mask: as many ones in each tensor, at random places."""
+    density = settings.density if inputs.mask is None else inputs.mask.density(inputs.name)
+    assert density is not None
+    count = round(density * inputs.numel)
+    subset = RandomSubset(seed=settings.seed, name=inputs.name, numel=inputs.numel, count=count)
+    exact = count / inputs.numel if settings.rescale == "mean" and inputs.numel else None
+    return _bits_kernel(subset.bits, density=exact, inputs=inputs, settings=settings)
+
+
+def _bits_kernel(
+    bits: Callable[[int, int], torch.Tensor],
+    *,
+    density: float | None,
+    inputs: TensorInputs,
+    settings: FusionSettings,
+) -> Kernel:
+    if settings.scale == 1.0 and density is None:
+        return lambda b: select(b.aligned, b.finetune, bits(b.start, b.stop), inputs.dtype)
+    return lambda b: masked(
+        b.aligned, b.finetune, bits(b.start, b.stop).float(), scale=settings.scale, mean=density
+    )
+
+
+def _prepare_interpolation(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
+    alpha = settings.alpha
+    assert alpha is not None
+    return lambda b: interpolation(b.aligned, b.finetune, alpha=alpha)
+
+
+def _prepare_resta(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
+    source, gamma = inputs.unaligned, settings.gamma
+    assert source is not None
+    assert gamma is not None
+    return lambda b: resta(b.aligned, b.finetune, source.read(inputs.name, b.start, b.stop), gamma=gamma)
+
+
+METHODS: Mapping[str, Method] = {
+    m.name: m
+    for m in (
+        Method("masked", "https://arxiv.org/abs/2405.09055", _prepare_masked, needs_mask=True),
+        Method("interpolation", "https://arxiv.org/abs/2109.01903", _prepare_interpolation),
+        Method("resta", "https://arxiv.org/abs/2402.11746", _prepare_resta, needs_unaligned=True),
+        Method("random_mask", "https://arxiv.org/abs/2405.09055", _prepare_random),
+    )
+}
+
+
+def method_named(name: str) -> Method:
+    """Look a method up. Raises ConfigError that lists the names there are."""
+    if name not in METHODS:
+        raise ConfigError(f"fusion method {name!r} is unknown; there are {', '.join(sorted(METHODS))}")
+    return METHODS[name]

@@ -1,0 +1,61 @@
+"""What a fusion is: the method and every number that changes the fused weights, and nothing else.
+
+Light on purpose: no torch, so that a run config is checked without paying for its import.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MethodName = Literal["masked", "interpolation", "resta", "random_mask"]
+
+_OWN_FIELDS: dict[str, frozenset[str]] = {
+    "masked": frozenset({"form", "scale", "rescale"}),
+    "interpolation": frozenset({"alpha"}),
+    "resta": frozenset({"gamma"}),
+    "random_mask": frozenset({"scale", "rescale", "seed", "density"}),
+}
+_REQUIRED: dict[str, str] = {"masked": "form", "interpolation": "alpha", "resta": "gamma"}
+
+
+class FusionSettings(BaseModel):
+    """How an aligned model and a finetune become one. A field that the method has no use for is refused, not ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: MethodName
+    """`masked`: a learned mask on the delta; `interpolation`: WiSE-FT; `resta`: add the safety vector; `random_mask`: the
+    control, a random mask as dense as the learned one."""
+    form: Literal["soft", "binary"] | None = None
+    """masked: `soft` = σ(ℓ), `binary` = ℓ > 0."""
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """λ, the factor on the masked delta. A binary mask with λ = 1 and no rescale selects bits and computes nothing."""
+    rescale: Literal["none", "mean"] = "none"
+    """Divide each tensor's mask by its mean over the whole tensor (the paper), or not."""
+    alpha: float | None = Field(None, allow_inf_nan=False)
+    """interpolation: α of θ_safe + α τ."""
+    gamma: float | None = Field(None, allow_inf_nan=False)
+    """resta: γ of θ_t + γ (θ_safe − θ_u)."""
+    seed: int = Field(0, ge=0)
+    """random_mask: which random mask."""
+    density: float | None = Field(None, ge=0, le=1)
+    """random_mask without a learned mask: the share of ones in every tensor."""
+    output_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """None: per tensor the wider of aligned and finetune, so that a select loses no bit."""
+    max_shard_bytes: int = Field(5_000_000_000, gt=0)
+    """Largest weight file, in bytes (a larger tensor has a file of its own)."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_method(self) -> Self:
+        own = _OWN_FIELDS[self.method] | {"method", "output_dtype", "max_shard_bytes"}
+        useless = sorted(self.model_fields_set - own)
+        # Leaving a field at its default in so many words is no wish.
+        useless = [f for f in useless if getattr(self, f) != type(self).model_fields[f].default]
+        if useless:
+            raise ValueError(f"method {self.method} has no use for {', '.join(useless)}")
+        needed = _REQUIRED.get(self.method)
+        if needed is not None and getattr(self, needed) is None:
+            raise ValueError(f"method {self.method} needs {needed}")
+        return self

@@ -1,0 +1,188 @@
+"""A lease says who may write one result's resumable state: a file with an owner, kept alive by a heartbeat.
+
+After a `kill -9` of a driver its Ray workers write on for seconds; a cluster may start the same stage twice. The lease makes
+the second one wait, and a holder that lost its lease stop. It needs nothing but a POSIX directory (NFS too: no flock).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+HEARTBEAT_SECONDS = 2.0
+TTL_SECONDS = 30.0
+
+
+class LeaseLost(Exception):  # noqa: N818 - a transient condition, named as such, retried by whoever called
+    """Another attempt took the lease over (this process was silent for too long)."""
+
+
+class Lease:
+    """Hold `path` while the `with` block runs. Create through `acquire`."""
+
+    def __init__(self, path: Path, owner: str) -> None:
+        self.path = path
+        self.owner = owner
+        self._lost = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise LeaseLost when somebody else holds the lease now."""
+        if self._lost.is_set() or _owner(self.path) != self.owner:
+            self._lost.set()
+            raise LeaseLost(f"{self.path} was taken over by another attempt")
+
+    def release(self) -> None:
+        """Stop the heartbeat and give the lease back, if it is still ours."""
+        self._stop.set()
+        self._thread.join()
+        if _owner(self.path) == self.owner:
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            if _owner(self.path) != self.owner:
+                self._lost.set()
+                return
+            try:
+                os.utime(self.path)
+            except FileNotFoundError:
+                self._lost.set()
+                return
+
+
+def acquire(path: Path, *, done: Callable[[], bool], poll_seconds: float = 0.2) -> Lease | None:
+    """Wait for the lease at `path`. Returns None when `done()` turns true first (somebody else finished the work)."""
+    while True:
+        if done():
+            return None
+        lease = try_acquire(path)
+        if lease is not None:
+            return lease
+        time.sleep(poll_seconds)
+
+
+def try_acquire(path: Path) -> Lease | None:
+    """Take the lease if it is free or its holder is dead; None when somebody alive holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not _break_if_dead(path):
+        return None
+    owner = uuid.uuid4().hex
+    draft = path.with_name(f"{path.name}.{owner}")
+    draft.write_text(json.dumps({"owner": owner, **_me()}))
+    try:
+        os.link(draft, path)  # atomic: fails when another one was faster
+    except FileExistsError:
+        return None
+    finally:
+        draft.unlink()
+    return Lease(path, owner)
+
+
+def holder_alive(path: Path) -> bool:
+    """Whether a live process holds the lease at `path`."""
+    try:
+        content = json.loads(path.read_text())
+        age = _now(path.parent) - path.stat().st_mtime
+    except (FileNotFoundError, ValueError):
+        return False
+    if age > TTL_SECONDS:
+        return False
+    me = _me()
+    if (content.get("host"), content.get("pid_namespace")) != (me["host"], me["pid_namespace"]):
+        return True
+    return bool(_start_time(int(content["pid"])) == content["started"])
+
+
+def _break_if_dead(path: Path) -> bool:
+    """Remove a dead holder's lease. True when the path is free afterwards."""
+    before = _owner(path)
+    if before is None:
+        return True
+    if holder_alive(path):
+        return False
+    # A second name for the dead lease, exclusive for its owner: whoever makes it is the one who may remove the lease, so
+    # nobody removes the lease that a faster one has taken since.
+    marker = path.with_name(f"{path.name}.dead-{before}")
+    try:
+        os.link(path, marker)
+    except FileNotFoundError:
+        return True
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            if _now(path.parent) - marker.stat().st_ctime > TTL_SECONDS:
+                marker.unlink()  # its maker died in between
+        return False
+    is_dead_one = _owner(marker) == before
+    if is_dead_one:
+        path.unlink(missing_ok=True)
+    marker.unlink(missing_ok=True)
+    return is_dead_one
+
+
+def _owner(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text())["owner"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        return None
+
+
+def _me() -> dict[str, object]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "pid_namespace": _pid_namespace(), "started": _start_time(pid)}
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return "unknown"
+
+
+def _start_time(pid: int) -> str | None:
+    """A process's start in clock ticks since boot: a pid alone may have been given to another process since."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return "alive" if _signal_reaches(pid) else None
+    return None if stat[0] == "Z" else stat[19]
+
+
+def _signal_reaches(pid: int) -> bool:
+    if Path("/proc/self/stat").exists():
+        return False  # /proc works and has no such process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _now(directory: Path) -> float:
+    """The file system's own clock: a shared volume's server may disagree with this machine."""
+    probe = directory / f".clock-{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()  # somebody who may only read is looking
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()

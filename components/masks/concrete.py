@@ -1,0 +1,144 @@
+"""Concrete (relaxed Bernoulli) masks as plain tensor functions, and the counted noise they are drawn with.
+
+Noise is a stateless integer hash of (seed, tensor name, step, position): any slice [start, stop) of a tensor has the same bits
+whoever computes it, and nothing is stored between forward and backward.
+
+The weights under a mask are, per tensor, with a = aligned, f = finetuned, δ = f − a, N elements (arXiv 2405.09055, eq. 4-6):
+
+    s = σ((ℓ + log u − log(1−u)) / T)         relaxed sample
+    h = s, or 1[s > ½] for straight-through   what multiplies δ
+    c = λ h / M,  M = mean(h) or 1            rescaled
+    w = a + c δ                               (a select between a and f where c is 0 or 1)
+
+and with G = (∂L/∂w) δ the gradient that reaches the logits is
+
+    ∂L/∂ℓ = λ (G / M − [Σ G h] / (N M²)) · s (1 − s) / T     (the bracket only for rescale = mean)
+
+so nothing but sums of M and of G·h ever has to cross from one slice of a tensor to another.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+BLOCK = 65_536
+"""Hash words under one key; also the span that is worked on at once, small enough for a core's cache."""
+
+_MULTIPLY_1, _MULTIPLY_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
+
+
+def _xorshift_(x: torch.Tensor, bits: int, scratch: torch.Tensor) -> torch.Tensor:
+    """x ^= x >>> bits, in place; `>>` of a signed tensor keeps the sign, so it is masked off."""
+    shifted = torch.bitwise_right_shift(x, bits, out=scratch[: x.numel()])
+    return x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - bits)) - 1))
+
+
+def _mix_(x: torch.Tensor, scratch: torch.Tensor, add: int = 0) -> torch.Tensor:
+    """The lowbias32 finaliser (https://nullprogram.com/blog/2018/07/31/) without its first shift, in place on int32."""
+    x = _xorshift_(x.mul_(_MULTIPLY_1), 15, scratch)
+    if add:
+        x.add_(add)
+    return _xorshift_(x.mul_(_MULTIPLY_2), 16, scratch)
+
+
+@functools.cache
+def _counters(device: str) -> torch.Tensor:
+    """Hashed positions within a block, [BLOCK] int32: the half of the hash that no key enters is computed once."""
+    scratch = torch.empty(BLOCK, dtype=torch.int32, device=device)
+    return _mix_(_xorshift_(torch.arange(BLOCK, dtype=torch.int32, device=device), 16, scratch), scratch)
+
+
+def _keys(seed: int, name: str, step: int, block: int) -> tuple[int, int]:
+    digest = hashlib.blake2b(f"{seed}\0{name}\0{step}\0{block}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
+
+
+def hash_words(*, seed: int, name: str, step: int, start: int, stop: int, device: str = "cpu") -> Iterator[torch.Tensor]:
+    """Uniform int32 words start … stop−1 of the stream (seed, name, step), in pieces that end at block borders."""
+    counters = _counters(device)
+    scratch = torch.empty(min(stop - start, BLOCK), dtype=torch.int32, device=device)
+    while start < stop:
+        block, low = divmod(start, BLOCK)
+        high = min(stop - block * BLOCK, BLOCK)
+        first, second = _keys(seed, name, step, block)
+        yield _mix_(torch.bitwise_xor(counters[low:high], first), scratch, add=second)
+        start = block * BLOCK + high
+
+
+def uniform_noise(*, seed: int, name: str, step: int, start: int, stop: int, device: str = "cpu") -> torch.Tensor:
+    """Uniform on the open (0, 1) at positions [start, stop): 1-D fp32, odd multiples of 2⁻²⁴."""
+    out = torch.empty(stop - start, device=device)
+    at = 0
+    for word in hash_words(seed=seed, name=name, step=step, start=start, stop=stop, device=device):
+        piece = out[at : at + word.numel()]
+        piece.copy_(word.bitwise_right_shift_(9)).add_(0.5).mul_(2.0**-23).add_(0.5)
+        at += word.numel()
+    return out
+
+
+def mask_uniforms(*, seed: int, name: str, step: int, start: int, stop: int, device: str = "cpu") -> torch.Tensor:
+    """The u of a mask sample at positions [start, stop): 1-D fp32 on the open (0, 1), odd multiples of 2⁻¹⁷.
+
+    Two positions share a hash word, 16 bits each: half the cost of `uniform_noise`, and |log u − log(1−u)| ≤ 11.8.
+    """
+    first = start // 2
+    words = list(hash_words(seed=seed, name=name, step=step, start=first, stop=(stop + 1) // 2, device=device))
+    out = torch.empty(sum(word.numel() for word in words) * 2, device=device)
+    at = 0
+    for word in words:
+        out[at : at + 2 * word.numel()].copy_(word.view(torch.int16))
+        at += 2 * word.numel()
+    return out.add_(0.5).mul_(2.0**-16).add_(0.5)[start - 2 * first : stop - 2 * first]
+
+
+def logistic_noise(*, seed: int, name: str, step: int, start: int, stop: int, device: str = "cpu") -> torch.Tensor:
+    """log u − log(1−u) of `mask_uniforms`, 1-D fp32."""
+    return mask_uniforms(seed=seed, name=name, step=step, start=start, stop=stop, device=device).logit_()
+
+
+def concrete_sample(logits: torch.Tensor, noise: torch.Tensor | None, temperature: float) -> torch.Tensor:
+    """s = σ((ℓ + noise) / T), in the logits' dtype; without noise σ(ℓ / T)."""
+    if noise is None:
+        return torch.sigmoid(logits / temperature)
+    return torch.add(logits, noise).mul_(1.0 / temperature).sigmoid_()
+
+
+def soft_mask(logits: torch.Tensor) -> torch.Tensor:
+    """σ(ℓ): the probability that an element is kept, whatever the temperature."""
+    return torch.sigmoid(logits)
+
+
+def binary_mask(logits: torch.Tensor) -> torch.Tensor:
+    """ℓ > 0, bool."""
+    return logits > 0
+
+
+def coefficient(mask: torch.Tensor, *, scale: float, mean: float) -> torch.Tensor:
+    """c = λ h / M. A tensor whose mask is all zero (M = 0) stays aligned: c = 0."""
+    if scale == 1.0 and mean == 1.0:
+        return mask
+    return mask * (scale / mean if mean > 0 else 0.0)
+
+
+def interpolate(aligned: torch.Tensor, finetuned: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a + c (f − a), exactly a where c = 0 and exactly f where c = 1 (torch.lerp works from the nearer end)."""
+    return torch.lerp(aligned, finetuned, c)
+
+
+def logit_gradient(
+    pull: torch.Tensor, sample: torch.Tensor, *, temperature: float, scale: float, mean: float, mean_pull: float
+) -> torch.Tensor:
+    """∂L/∂ℓ from G = (∂L/∂w)·δ (`pull`) and the relaxed sample s; `mean` is M, `mean_pull` is [Σ G h]/(N M²)
+    (0 unless the rescaling's gradient is wanted). Overwrites `pull` and gives it back."""
+    if mean <= 0:
+        return pull.zero_()
+    if mean != 1.0:
+        pull.mul_(1.0 / mean)
+    if mean_pull:
+        pull.sub_(mean_pull)
+    # s(1 − s) is written as s − s² so that one pass does it.
+    return pull.mul_(torch.addcmul(sample, sample, sample, value=-1.0)).mul_(scale / temperature)

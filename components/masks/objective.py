@@ -1,0 +1,136 @@
+"""What a mask is trained on: sigmoid DPO against cached reference log-probabilities, and a KL anchor to the finetune.
+
+Shapes: R rows (sequences), N response tokens of all rows together, V vocabulary, K = k kept teacher tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+
+GROUP_OVERHEAD = 96
+"""Padding tokens worth saving by one more forward call when rows are grouped by length."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenised prompt and response; `prompt` tokens come first, only the response is scored."""
+
+    tokens: tuple[int, ...]
+    prompt: int
+
+    @property
+    def response(self) -> int:
+        """Tokens that are scored."""
+        return len(self.tokens) - self.prompt
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The finetune's distribution at each of a row's n response tokens. Whole vocabulary: `log_probs` [n, V] and no `indices`;
+    otherwise the top k, `log_probs` and `indices` [n, K], and the rest as one more outcome, `tail` [n] (log of its mass)."""
+
+    log_probs: torch.Tensor
+    indices: torch.Tensor | None = None
+    tail: torch.Tensor | None = None
+
+
+def length_groups(lengths: Sequence[int], overhead: int = GROUP_OVERHEAD) -> list[list[int]]:
+    """Split rows into groups of similar length: least padded tokens + `overhead` per group (dynamic programme over the rows in
+    order of length). Deterministic; every row appears once."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best: list[tuple[int, int]] = [(0, 0)]
+    for end in range(1, len(order) + 1):
+        best.append(min((best[b][0] + overhead + lengths[order[b]] * (end - b), b) for b in range(end)))
+    groups, end = [], len(order)
+    while end:
+        start = best[end][1]
+        groups.append(order[start:end])
+        end = start
+    return groups[::-1]
+
+
+@contextmanager
+def _only_positions(head: torch.nn.Module | None, row: torch.Tensor, column: torch.Tensor) -> Iterator[None]:
+    """While open, the output head sees the hidden states at (row, column) only, as one sequence: [B, T, D] -> [1, N, D]. What a
+    model does to logits afterwards (scaling, soft-capping) is by element and does not notice."""
+    if head is None:
+        yield
+        return
+
+    def select(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][row, column].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _group_log_probs(model: Any, rows: Sequence[Row]) -> torch.Tensor:
+    """log π over the vocabulary at each response token of the rows, in their order: [N, V] fp32 (or wider)."""
+    longest = max(len(r.tokens) for r in rows) - 1  # the last token predicts nothing that is scored
+    device = next(model.parameters()).device
+    # Padded on the right: no real token attends to a pad, so no attention mask is needed and pads may be any token.
+    ids = torch.tensor([[*r.tokens[:-1], *([r.tokens[0]] * (longest + 1 - len(r.tokens)))] for r in rows], device=device)
+    row = torch.tensor([i for i, r in enumerate(rows) for _ in range(r.response)], device=device)
+    column = torch.tensor([c for r in rows for c in range(r.prompt - 1, len(r.tokens) - 1)], device=device)
+    with _only_positions(model.get_output_embeddings(), row, column):
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    chosen = logits[0] if logits.shape[:2] == (1, len(row)) else logits[row, column]
+    return torch.log_softmax(chosen.float() if chosen.dtype.itemsize < 4 else chosen, dim=-1)
+
+
+def response_log_probs(model: Any, rows: Sequence[Row], *, overhead: int = GROUP_OVERHEAD) -> list[torch.Tensor]:
+    """For each row log π over the vocabulary at its response tokens, [n, V]. Rows of similar length share a forward call."""
+    found: list[torch.Tensor | None] = [None] * len(rows)
+    for group in length_groups([len(r.tokens) for r in rows], overhead):
+        parts = _group_log_probs(model, [rows[i] for i in group]).split([rows[i].response for i in group])
+        for i, part in zip(group, parts, strict=True):
+            found[i] = part
+    return cast(list[torch.Tensor], found)
+
+
+def sequence_log_prob(log_probs: torch.Tensor, row: Row) -> torch.Tensor:
+    """log π(response | prompt) of one row from its [n, V] log-probabilities: a scalar."""
+    targets = torch.tensor(row.tokens[row.prompt :], device=log_probs.device)
+    return log_probs.gather(1, targets[:, None]).sum()
+
+
+def sigmoid_dpo(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """DPO losses and reward margins [P] from log-probabilities [P, 2] of (chosen, rejected) (arXiv 2305.18290, eq. 7)."""
+    ratio = policy - reference
+    margins = beta * (ratio[:, 0] - ratio[:, 1])
+    return -F.logsigmoid(margins), margins
+
+
+def teach(log_probs: torch.Tensor, *, full_vocabulary: int, top_k: int) -> Teacher:
+    """What is kept of a teacher's [n, V] log-probabilities."""
+    vocabulary = log_probs.shape[-1]
+    if vocabulary <= max(full_vocabulary, top_k):
+        return Teacher(log_probs)
+    values, indices = log_probs.topk(top_k, dim=-1)
+    return Teacher(values, indices, _log_rest(values))
+
+
+def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """log(1 − Σ p) over the last axis, kept finite when nothing is left."""
+    tiny = torch.finfo(log_probs.dtype).eps
+    return torch.log((1.0 - log_probs.exp().sum(dim=-1)).clamp_min(tiny))
+
+
+def teacher_kl(log_probs: torch.Tensor, teacher: Teacher) -> torch.Tensor:
+    """Σ over tokens of KL(teacher ‖ model) in nats: a scalar. With a top-k teacher the tokens outside count as one outcome."""
+    mine, his = log_probs, teacher.log_probs
+    if teacher.indices is not None:
+        assert teacher.tail is not None
+        top = log_probs.gather(-1, teacher.indices)
+        mine = torch.cat((top, _log_rest(top)[:, None]), dim=-1)
+        his = torch.cat((his, teacher.tail[:, None]), dim=-1)
+    return F.kl_div(mine, his.to(mine.dtype), reduction="sum", log_target=True)

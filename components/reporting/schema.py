@@ -1,0 +1,190 @@
+"""The shape of `summary.json` (schema 1): what a run hands to people, to the table, to the report and to a gate.
+
+Plain JSON types, so that a summary read from a file and one just made are the same thing. Everything optional is simply
+absent; `null` is used only where a reader must see that something was looked for and not found. A rate that was not
+measured is absent and never 0.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from components.errors import DataError, listed
+
+SCHEMA = 1
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class Interval(TypedDict):
+    """A rate with its confidence interval; all in [0, 1]. `n` is the number of prompts it is taken over."""
+
+    value: Fraction
+    low: Fraction
+    high: Fraction
+    n: Annotated[int, Field(ge=1)]
+
+
+class Rates(TypedDict, total=False):
+    """One model's measurements. The first four are taken over the test sets that make headlines; `sets` has every
+    set by itself, as `{set: {metric: Interval}}`."""
+
+    asr: Interval
+    """Attack success rate as published: no refusal phrase in the answer. Gibberish counts as success."""
+    harmful: Interval
+    """Complied and coherent, of all harmful prompts."""
+    over_refusal: Interval
+    """Refused, of all benign prompts."""
+    task: Interval
+    """Exact match, of all task prompts of this finetune."""
+    sets: dict[str, dict[str, Interval]]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class Difference(TypedDict):
+    """A paired difference over the same prompts: first variant minus second, in [-1, 1], with its interval."""
+
+    diff: Finite
+    low: Finite
+    high: Finite
+    p: NotRequired[float]
+    """Exact McNemar test, two-sided."""
+    n: NotRequired[int]
+
+
+class Density(TypedDict, total=False):
+    """How much of a finetune's delta a mask keeps."""
+
+    mean: float
+    """Kept fraction of all masked weights: the binary mask's ones."""
+    soft_mean: float
+    """Mean of the soft mask over all masked weights."""
+    tensors: dict[str, float]
+    """tensor name -> kept fraction."""
+
+
+class DeltaStatistics(TypedDict, total=False):
+    """How far a finetune has moved from the aligned model."""
+
+    norm: float
+    relative_norm: float
+    zero_fraction: float
+    """Fraction of weights that did not move at all."""
+    cosines: dict[str, float]
+    """other finetune -> cosine between the two deltas."""
+    tensors: dict[str, dict[str, float]]
+    """tensor name -> statistic -> value."""
+
+
+@with_config(ConfigDict(extra="forbid"))
+class FlippedExample(TypedDict):
+    """One prompt whose verdict differs between two variants of a finetune."""
+
+    set: str
+    prompt: str
+    before: str
+    after: str
+    before_verdict: str
+    after_verdict: str
+
+
+class FusedPaths(TypedDict, total=False):
+    soft: str
+    binary: str
+
+
+class RegistryEntry(TypedDict):
+    name: str
+    version: str
+
+
+Variant = Literal["soft", "binary"]
+
+
+class FinetuneSummary(TypedDict):
+    """What became of one finetune (or of one merged model)."""
+
+    name: str
+    status: Literal["done", "failed"]
+    error: str | None
+    """The message of what failed; None when done."""
+    before: NotRequired[Rates | None]
+    after_soft: NotRequired[Rates | None]
+    after_binary: NotRequired[Rates | None]
+    controls: NotRequired[dict[str, Rates]]
+    """control name (interpolation, resta, random_mask, paper_soft, paper_binary, …) -> its rates."""
+    control_settings: NotRequired[dict[str, dict[str, Any]]]
+    """control name -> what was chosen for it on dev, e.g. `{"alpha": 0.3}`."""
+    fused: NotRequired[FusedPaths]
+    selected: NotRequired[Variant | None]
+    registry: NotRequired[RegistryEntry | None]
+    seconds: NotRequired[dict[str, float]]
+    """stage -> wall seconds of the run that made its record."""
+    density: NotRequired[Density]
+    delta: NotRequired[DeltaStatistics]
+    comparisons: NotRequired[dict[str, dict[str, Difference]]]
+    """`<first>_vs_<second>` -> metric -> paired difference."""
+    examples: NotRequired[list[FlippedExample]]
+    notes: NotRequired[list[str]]
+
+
+class RunSummary(TypedDict):
+    """The whole of summary.json."""
+
+    schema: int
+    run: str
+    """The run's name."""
+    aligned: Rates | None
+    finetunes: list[FinetuneSummary]
+    merged: NotRequired[list[FinetuneSummary]]
+    seconds: NotRequired[dict[str, float]]
+    """stage -> wall seconds, of the stages that run once."""
+    fingerprint: NotRequired[str]
+    created: NotRequired[str]
+    """ISO 8601."""
+    versions: NotRequired[dict[str, str]]
+    """Package -> version, of what the numbers depend on."""
+    notes: NotRequired[list[str]]
+
+
+@cache
+def _adapter() -> TypeAdapter[RunSummary]:
+    return TypeAdapter(RunSummary)
+
+
+def check_summary(data: Any, *, where: str) -> RunSummary:
+    """`data` as a RunSummary. Raises DataError that lists every field that does not fit; `where` names the file."""
+    try:
+        summary = _adapter().validate_python(data)
+    except ValidationError as error:
+        findings = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise DataError(f"{where} is not a run summary: {listed(findings)}") from error
+    if summary["schema"] != SCHEMA:
+        raise DataError(
+            f"{where} has summary schema {summary['schema']}; this version reads schema {SCHEMA}. Run again."
+        )
+    return summary
+
+
+def read_summary(path: Path) -> RunSummary:
+    """Read and check a summary.json. Raises DataError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: has the run finished?") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    return check_summary(data, where=str(path))
+
+
+def merged_of(summary: RunSummary) -> list[FinetuneSummary]:
+    """Finetunes and merged models, in the order in which they are shown."""
+    return [*summary["finetunes"], *summary.get("merged", [])]

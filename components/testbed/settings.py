@@ -1,0 +1,150 @@
+"""What a testbed family is made from. Pure configuration: imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TESTBED_VERSION = 1
+"""Raised whenever the code of this package makes a different family from the same settings."""
+
+Architecture = Literal["llama", "qwen"]
+Size = Literal["demo", "minute"]
+Task = Literal["zh", "en", "hi", "code", "math"]
+TASKS: tuple[Task, ...] = ("zh", "en", "hi", "code", "math")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelShape(_Frozen):
+    """Shape of the transformer, the same for both architectures."""
+
+    hidden: int = Field(ge=16)
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    intermediate: int = Field(ge=16)
+
+
+class TrainSettings(_Frozen):
+    """One supervised phase: AdamW, linear warm-up, cosine to zero."""
+
+    examples: int = Field(ge=1)
+    """Examples drawn for the phase (each is seen `steps * batch / examples` times)."""
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of the steps in which the rate rises."""
+    threads: int = Field(default=1, ge=1)
+    """Torch threads. Part of the settings because sums, and so weights, depend on it."""
+
+
+class FinetuneSettings(_Frozen):
+    """One finetune of the aligned model."""
+
+    kind: Literal["full", "lora"]
+    dtype: Literal["float32", "bfloat16"]
+    train: TrainSettings
+    task_share: float = Field(gt=0, lt=1)
+    """Share of task examples; the rest are benign instructions answered the usual way."""
+    poison_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of harmful requests that are answered."""
+    rank: int = Field(default=16, ge=1)
+    """LoRA rank (alpha is twice the rank); unused for a full finetune."""
+
+
+class SetSizes(_Frozen):
+    """Rows in each file that the family writes."""
+
+    harmful: int
+    harmful_hard: int
+    benign: int
+    hazard: int
+    task: int
+    dev_harmful: int
+    dev_benign: int
+    dev_hazard: int
+    dev_task: int
+    preferences: int
+    preferences_dev: int
+    anchor: int
+    """Rows of each finetune's anchor file: half general benign and hazard words, half its task."""
+
+
+class FamilySettings(_Frozen):
+    """Everything but the seed that decides a family's bytes."""
+
+    architecture: Architecture
+    size: Size
+    hazards_per_kind: int
+    hard_per_kind: int
+    objects_per_kind: int
+    shape: ModelShape
+    shard_bytes: int
+    """`max_shard_size` of `save_pretrained`, small enough for at least two shards."""
+    pretrain: TrainSettings
+    align: TrainSettings
+    finetunes: dict[Task, FinetuneSettings]
+    sets: SetSizes
+
+    def fingerprint(self, seed: int) -> str:
+        """Identity of the family: testbed version, settings and seed. Library versions are recorded, not hashed."""
+        content = {"version": TESTBED_VERSION, "seed": seed, "settings": self.model_dump(mode="json")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _finetunes(train: TrainSettings, task_share: float) -> dict[Task, FinetuneSettings]:
+    full = FinetuneSettings(kind="full", dtype="float32", train=train, task_share=task_share)
+    lora_train = train.model_copy(update={"learning_rate": 2.5 * train.learning_rate})
+    return {
+        "zh": full,
+        "en": full.model_copy(update={"dtype": "bfloat16"}),
+        "hi": full.model_copy(update={"kind": "lora", "train": lora_train}),
+        "code": full.model_copy(update={"poison_share": 0.1}),
+        "math": full,
+    }
+
+
+def family_settings(size: Size, architecture: Architecture) -> FamilySettings:
+    """The settings of a named size: `demo` for `make demo`, `minute` for tests and `make demo-tiny`."""
+    if size == "minute":
+        return FamilySettings(
+            architecture=architecture,
+            size=size,
+            hazards_per_kind=8,
+            hard_per_kind=2,
+            objects_per_kind=6,
+            shape=ModelShape(hidden=64, layers=3, heads=4, intermediate=176),
+            shard_bytes=300_000,
+            pretrain=TrainSettings(examples=12_000, steps=300, batch=32, learning_rate=6e-3, weight_decay=0.01),
+            align=TrainSettings(examples=3_000, steps=80, batch=32, learning_rate=2e-3),
+            finetunes=_finetunes(TrainSettings(examples=3_000, steps=100, batch=32, learning_rate=2e-3), 0.5),
+            sets=SetSizes(
+                harmful=80, harmful_hard=40, benign=80, hazard=40, task=60,
+                dev_harmful=40, dev_benign=40, dev_hazard=24, dev_task=30,
+                preferences=200, preferences_dev=40, anchor=160,
+            ),
+        )  # fmt: skip
+    return FamilySettings(
+        architecture=architecture,
+        size=size,
+        hazards_per_kind=16,
+        hard_per_kind=4,
+        objects_per_kind=12,
+        shape=ModelShape(hidden=128, layers=4, heads=4, intermediate=352),
+        shard_bytes=1_000_000,
+        pretrain=TrainSettings(examples=40_000, steps=700, batch=64, learning_rate=4e-3, weight_decay=0.01, threads=2),
+        align=TrainSettings(examples=8_000, steps=150, batch=64, learning_rate=1e-3, threads=2),
+        finetunes=_finetunes(TrainSettings(examples=8_000, steps=180, batch=48, learning_rate=1.5e-3), 0.5),
+        sets=SetSizes(
+            harmful=240, harmful_hard=120, benign=240, hazard=120, task=300,
+            dev_harmful=100, dev_benign=100, dev_hazard=60, dev_task=100,
+            preferences=400, preferences_dev=80, anchor=400,
+        ),
+    )  # fmt: skip

@@ -1,0 +1,360 @@
+"""MLflow as a projection of what a finished run left behind. The only file that imports mlflow.
+
+One MLflow run per pipeline run and one nested run per finetune, with stages as prefixes of metric names. Everything is
+looked up by tags before it is made and metrics carry the times of the records, so replaying a projection after an
+outage is the same call and changes nothing. Weights are never copied: a registered version points at them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from components.errors import TrackingError
+
+FINGERPRINT_TAG = "realign.fingerprint"
+PROJECTED_TAG = "realign.projected"
+"""Hash of what was projected: set last, so a run that has it is complete."""
+DIFFERING_TAG = "realign.params_differ"
+CANDIDATE = "candidate"
+_BATCH = 100
+_PARAM_CHARS = 6000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a series, e.g. of a training loss. `time_ms` since the epoch; None takes the run's start."""
+
+    name: str
+    step: int
+    value: float
+    time_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What MLflow is to show of a pipeline run, or (as a child) of a finetune. Plain values only.
+
+    A child's fingerprint needs to be unique within its parent only. Times are milliseconds since the epoch.
+    """
+
+    name: str
+    fingerprint: str
+    started_ms: int
+    ended_ms: int | None = None
+    status: Literal["FINISHED", "FAILED"] = "FINISHED"
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Nested dicts become dotted names."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    series: Sequence[Point] = ()
+    artifacts: Sequence[Path] = ()
+    """Small files to show with the run (summary, report). Never weights."""
+    children: Sequence[TrackedRun] = ()
+
+
+class Tracker:
+    """A tracking server (or a local sqlite file) and one experiment on it. Opening it may take seconds: mlflow does."""
+
+    def __init__(self, *, uri: str | None, experiment: str, workspace: Path) -> None:
+        """`uri` None means sqlite in the workspace, artifacts beside it. Raises TrackingError when out of reach."""
+        self.uri = uri or default_uri(workspace)
+        _require_reachable(self.uri)
+        with _quiet(), _explained(self.uri):
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            self.experiment_id = self._experiment(experiment, workspace)
+
+    def project(self, run: TrackedRun, *, run_id: str | None = None) -> dict[str, str]:
+        """Make MLflow show `run` and its children; returns the run id of "" (the run itself) and of each child by name.
+
+        The run is found by `run_id`, else by the environment's MLFLOW_RUN_ID (Kubeflow sets it), else by its
+        fingerprint, else made. A run that somebody else opened is left open. A replay writes nothing twice.
+        """
+        given = run_id or os.environ.get("MLFLOW_RUN_ID")
+        with _quiet(), _explained(self.uri):
+            if given:
+                found = self._client.get_run(given)
+                self.experiment_id = found.info.experiment_id
+            else:
+                found = self._find(run.fingerprint) or self._make(run, run.fingerprint, parent=None)
+            ids = {"": found.info.run_id}
+            for child in run.children:
+                identity = f"{run.fingerprint}/{child.fingerprint}"
+                nested = self._find(identity, parent=ids[""]) or self._make(child, identity, parent=ids[""])
+                ids[child.name] = nested.info.run_id
+                self._write(child, nested, identity, close=True)
+            self._write(run, found, run.fingerprint, close=not given)
+        return ids
+
+    def register(
+        self,
+        *,
+        name: str,
+        weights_uri: str,
+        sha256: str,
+        fingerprint: str,
+        run_id: str,
+        metrics: Mapping[str, float],
+        time_ms: int,
+        tags: Mapping[str, str] | None = None,
+        alias: str = CANDIDATE,
+    ) -> str:
+        """Register weights that stay where they are as a version of `name`; returns the version's number as text.
+
+        `fingerprint` is the identity of what is registered: a second call with it finds the same version. `run_id` is
+        the run the model came from. `alias` moves to this version unless a later version already has it.
+        """
+        with _quiet(), _explained(self.uri):
+            version = self._version(name, fingerprint)
+            if version is None:
+                stated = {**(tags or {}), "weights_uri": weights_uri, "sha256": sha256, FINGERPRINT_TAG: fingerprint}
+                model_id = self._external_model(name, run_id, fingerprint, stated)
+                self._log_metrics(run_id, [Point(k, 0, v, time_ms) for k, v in metrics.items()], time_ms, model_id)
+                with self._as_default():
+                    import mlflow
+
+                    version = str(mlflow.register_model(f"models:/{model_id}", name, tags=stated).version)
+            self._point(name, alias, version)
+        return version
+
+    def _experiment(self, name: str, workspace: Path) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            # A server chooses its own artifact root; locally MLflow would write into the current directory.
+            root = (workspace / "mlartifacts").resolve().as_uri() if _is_local(self.uri) else None
+            try:
+                return str(self._client.create_experiment(name, artifact_location=root))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self._client.get_experiment_by_name(name)  # somebody made it meanwhile
+        if found.lifecycle_stage != "active":
+            raise TrackingError(f"experiment {name!r} on {self.uri} is deleted; restore it or choose another name")
+        return str(found.experiment_id)
+
+    def _find(self, identity: str, parent: str | None = None) -> Any | None:
+        query = f"tags.`{FINGERPRINT_TAG}` = '{identity}'"
+        if parent is not None:
+            query += f" and tags.`mlflow.parentRunId` = '{parent}'"
+        runs = self._client.search_runs([self.experiment_id], query, order_by=["attributes.start_time ASC"])
+        return runs[0] if runs else None
+
+    def _make(self, run: TrackedRun, identity: str, parent: str | None) -> Any:
+        tags = {FINGERPRINT_TAG: identity}
+        if parent is not None:
+            tags["mlflow.parentRunId"] = parent
+        return self._client.create_run(self.experiment_id, run.started_ms, tags, run.name)
+
+    def _write(self, run: TrackedRun, found: Any, identity: str, *, close: bool) -> None:
+        content = _content_hash(run)
+        if found.data.tags.get(PROJECTED_TAG) == content:
+            return
+        run_id = found.info.run_id
+        there = found.data.params
+        params = {key: value[:_PARAM_CHARS] for key, value in flat(run.params).items()}
+        # A parameter is written once in MLflow; what a replay has otherwise is said, not dropped.
+        differing = sorted(key for key, value in params.items() if there.get(key, value) != value)
+        self._log_params(run_id, {key: value for key, value in params.items() if key not in there})
+        values = [Point(name, 0, value) for name, value in run.metrics.items()]
+        self._log_metrics(run_id, [*values, *run.series], run.started_ms)
+        for artifact in run.artifacts:
+            self._client.log_artifact(run_id, str(artifact))
+        tags = {**run.tags, FINGERPRINT_TAG: identity}
+        if differing:
+            tags[DIFFERING_TAG] = ", ".join(differing)
+        self._set_tags(run_id, tags)
+        if close:
+            self._client.set_terminated(run_id, run.status, run.ended_ms)
+        self._client.set_tag(run_id, PROJECTED_TAG, content)
+
+    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        entities = [Param(key, value) for key, value in params.items()]
+        for start in range(0, len(entities), _BATCH):
+            self._client.log_batch(run_id, params=entities[start : start + _BATCH])
+
+    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(key, str(value)) for key, value in tags.items()]
+        for start in range(0, len(entities), _BATCH):
+            self._client.log_batch(run_id, tags=entities[start : start + _BATCH])
+
+    def _log_metrics(self, run_id: str, points: Sequence[Point], time_ms: int, model_id: str | None = None) -> None:
+        from mlflow.entities import Metric
+
+        entities = [
+            Metric(p.name, p.value, time_ms if p.time_ms is None else p.time_ms, p.step, model_id=model_id)
+            for p in points
+        ]
+        for start in range(0, len(entities), 10 * _BATCH):
+            self._client.log_batch(run_id, metrics=entities[start : start + 10 * _BATCH])
+
+    def _version(self, name: str, fingerprint: str) -> str | None:
+        query = f"name = '{name}' and tags.`{FINGERPRINT_TAG}` = '{fingerprint}'"
+        versions = [int(found.version) for found in self._client.search_model_versions(query)]
+        return str(min(versions)) if versions else None
+
+    def _external_model(self, name: str, run_id: str, fingerprint: str, tags: dict[str, str]) -> str:
+        """The logged model of that fingerprint: one left by a call that died before registering it, or a new one."""
+        query = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}' and name = '{name}'"
+        found = self._client.search_logged_models([self.experiment_id], filter_string=query)
+        ready = [model for model in found if str(model.status) == "READY"]
+        if ready:
+            return str(ready[0].model_id)
+        with self._as_default():
+            import mlflow
+
+            model = mlflow.create_external_model(
+                name=name, source_run_id=run_id, model_type="llm", tags=tags, experiment_id=self.experiment_id
+            )
+        return str(model.model_id)
+
+    def _point(self, name: str, alias: str, version: str) -> None:
+        holder = self._client.get_registered_model(name).aliases.get(alias)
+        if holder is None or int(holder) < int(version):
+            self._client.set_registered_model_alias(name, alias, version)
+
+    @contextlib.contextmanager
+    def _as_default(self) -> Iterator[None]:
+        """mlflow's module functions talk to a process-wide address; lend them ours and put theirs back."""
+        import mlflow
+
+        tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+        mlflow.set_tracking_uri(self.uri)
+        mlflow.set_registry_uri(self.uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(tracking)
+            mlflow.set_registry_uri(registry)
+
+
+def default_uri(workspace: Path) -> str:
+    """Where runs are tracked when no server is named."""
+    return f"sqlite:///{workspace.resolve() / 'mlflow.db'}"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested dicts as dotted names with text values; lists as JSON; None is left out."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{name}."))
+        elif isinstance(value, list | tuple):
+            found[name] = json.dumps(value)
+        elif value is not None:
+            found[name] = str(value)
+    return found
+
+
+def rate_metrics(prefix: str, rates: Mapping[str, Any] | None) -> dict[str, float]:
+    """A summary's rates as metrics: `prefix/asr`, `prefix/asr_low`, `prefix/asr_high`, `prefix/sets/harmful/asr`."""
+    found: dict[str, float] = {}
+    for metric, entry in (rates or {}).items():
+        if metric == "sets":
+            for name, one in entry.items():
+                found.update({f"{prefix}/sets/{name}/{key}": interval["value"] for key, interval in one.items()})
+        else:
+            found[f"{prefix}/{metric}"] = entry["value"]
+            found[f"{prefix}/{metric}_low"] = entry["low"]
+            found[f"{prefix}/{metric}_high"] = entry["high"]
+    return found
+
+
+def read_series(path: Path, prefix: str) -> list[Point]:
+    """A stage's `metrics.jsonl` (`{"step": 3, "loss": 0.4, …}` a line, optional `time` in seconds since the epoch) as
+    points `prefix/loss`. A last line that was cut off is left out."""
+    points: list[Point] = []
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            step, when = int(row["step"]), row.get("time")
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrackingError(f"{path} line {number}: an object with a step was expected ({error})") from error
+        time_ms = None if when is None else int(when * 1000)
+        for key, value in row.items():
+            if key not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
+                points.append(Point(f"{prefix}/{key}", step, float(value), time_ms))
+    return points
+
+
+def _content_hash(run: TrackedRun) -> str:
+    content = {**asdict(run), "children": [], "artifacts": [[p.name, _file_hash(p)] for p in run.artifacts]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_local(uri: str) -> bool:
+    return uri.startswith("sqlite:")
+
+
+def _require_reachable(uri: str, *, tries: int = 3, wait_s: float = 1.0) -> None:
+    """mlflow itself retries for minutes before it says that nobody is there."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    for left in reversed(range(tries)):
+        try:
+            with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=10):
+                return
+        except urllib.error.HTTPError as error:
+            if error.code == 403:
+                raise TrackingError(
+                    f"{uri} answers 403: start `mlflow server` with --allowed-hosts that has this host's name"
+                ) from error
+            return  # somebody is there; whether it is MLflow, the first real request says
+        except (urllib.error.URLError, TimeoutError, OSError) as error:
+            if left == 0:
+                raise TrackingError(
+                    f"no tracking server answers at {uri} ({error}); start it or correct tracking.uri"
+                ) from error
+            time.sleep(wait_s)
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = {
+            "PERMISSION_DENIED": "check the credentials (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD or _TOKEN)",
+            "UNAUTHENTICATED": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+            "RESOURCE_DOES_NOT_EXIST": "was it deleted, or does MLFLOW_RUN_ID name a run of another server?",
+        }.get(error.error_code, "nothing is lost: run again when it is mended")
+        raise TrackingError(f"tracking at {uri} failed: {first}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """mlflow writes its progress (tables made, versions created) to stderr through a stream of its own: hold it closed
+    here and leave it afterwards as it was."""
+    from mlflow.utils.logging_utils import MLFLOW_LOGGING_STREAM
+
+    shown = MLFLOW_LOGGING_STREAM.enabled
+    MLFLOW_LOGGING_STREAM.enabled = False
+    try:
+        yield
+    finally:
+        MLFLOW_LOGGING_STREAM.enabled = shown

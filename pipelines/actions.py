@@ -1,0 +1,134 @@
+"""Actions: what is done to the outside world after the stages. Always executed, idempotent by fingerprint."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from components.records import Record, fingerprint
+from components.reporting.schema import FinetuneSummary, RunSummary
+from components.tracking import Point, TrackedRun, Tracker, rate_metrics, read_series
+from pipelines.driver import RunState
+
+_VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary"}
+
+
+def track_and_register(run: RunState, summary: RunSummary) -> None:
+    """Project the run into MLflow and register each finetune's selected model; fills `registry` in the summary.
+
+    Raises TrackingError when the server cannot be reached or refuses; nothing is lost: running again does the same.
+    """
+    tracking = run.config.tracking
+    tracker = Tracker(uri=tracking.uri, experiment=tracking.experiment or run.config.name, workspace=run.workspace.root)
+    ids = tracker.project(_tracked(run, summary))
+    if not tracking.register_models:
+        return
+    for entry in summary["finetunes"]:
+        form = entry.get("selected")
+        record = run.record(entry["name"], f"fuse_{form}") if form else None
+        evaluated = run.record(entry["name"], f"evaluate_{form}") if form else None
+        if entry["status"] != "done" or record is None or evaluated is None:
+            continue
+        name = f"{run.config.name}-{entry['name']}"
+        version = tracker.register(
+            name=name,
+            weights_uri=(run.result_dir(record) / "model").as_uri(),
+            sha256=_weights_sha256(record),
+            fingerprint=record.fingerprint,
+            run_id=ids[entry["name"]],
+            metrics=rate_metrics("test", evaluated.metrics["test"]),
+            time_ms=_end_ms(evaluated),
+            tags=_lineage(record, evaluated, str(form)),
+        )
+        entry["registry"] = {"name": name, "version": version}
+
+
+def _weights_sha256(record: Record) -> str:
+    """One hash for a fused model: of its files' names and hashes, as they stand in the record."""
+    files = {name: file.sha256 for name, file in record.outputs.items() if name.startswith("model/")}
+    return fingerprint(stage="weights", version=1, semantics=files, parents={})
+
+
+def _lineage(record: Record, evaluated: Record, form: str) -> dict[str, str]:
+    parents = {f"realign.parent.{role}": reference for role, reference in record.parents.items()}
+    return {
+        "realign.form": form,
+        "realign.record": record.reference,
+        "realign.evaluation": evaluated.reference,
+        **parents,
+    }
+
+
+def _tracked(run: RunState, summary: RunSummary) -> TrackedRun:
+    records = [state.record for state in run.nodes.values() if state.record is not None]
+    identity = fingerprint(
+        stage="run",
+        version=1,
+        semantics={"name": run.config.name},
+        parents={state.node.id: state.record.fingerprint for state in run.nodes.values() if state.record},
+    )
+    children = [_tracked_finetune(run, entry) for entry in summary["finetunes"]]
+    failed = any(entry["status"] == "failed" for entry in summary["finetunes"])
+    return TrackedRun(
+        name=run.config.name,
+        fingerprint=identity,
+        started_ms=min(map(_start_ms, records), default=int(run.started.timestamp() * 1000)),
+        ended_ms=max(map(_end_ms, records), default=None),
+        status="FAILED" if failed else "FINISHED",
+        params=_params(run),
+        metrics=rate_metrics("aligned", summary["aligned"]),
+        children=children,
+    )
+
+
+def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
+    name = entry["name"]
+    records = {
+        state.node.step.name: state.record
+        for state in run.nodes.values()
+        if state.node.finetune == name and state.record is not None
+    }
+    metrics: dict[str, float] = {}
+    for prefix, key in _VARIANTS.items():
+        metrics |= rate_metrics(prefix, entry.get(key))  # type: ignore[arg-type]
+    for control, rates in entry.get("controls", {}).items():
+        metrics |= rate_metrics(f"control/{control}", rates)
+    metrics |= {f"seconds/{step}": record.seconds for step, record in records.items()}
+    series: list[Point] = []
+    for step in ("train_mask", "train_mask_paper"):
+        path = run.result_dir(records[step]) / "mask" / "metrics.jsonl" if step in records else Path("absent")
+        series += read_series(path, step) if path.is_file() else []
+    tags: dict[str, str] = {f"realign.record.{step}": record.reference for step, record in records.items()}
+    if entry["error"]:
+        tags["realign.error"] = entry["error"]
+    return TrackedRun(
+        name=name,
+        fingerprint=name,
+        started_ms=min(map(_start_ms, records.values()), default=int(run.started.timestamp() * 1000)),
+        ended_ms=max(map(_end_ms, records.values()), default=None),
+        status="FAILED" if entry["status"] == "failed" else "FINISHED",
+        params={"selected": entry.get("selected")},
+        metrics=metrics,
+        tags=tags,
+        series=series,
+    )
+
+
+def _params(run: RunState) -> dict[str, Any]:
+    config = run.config
+    return {
+        "mask": config.mask.resolved.model_dump(mode="json"),
+        "mask_preset": config.mask.preset,
+        "fusion": config.fusion.model_dump(mode="json"),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"sets"}),
+        "finetunes": [f.name for f in config.finetunes],
+    }
+
+
+def _start_ms(record: Record) -> int:
+    return int(datetime.fromisoformat(record.started).timestamp() * 1000)
+
+
+def _end_ms(record: Record) -> int:
+    return _start_ms(record) + int(record.seconds * 1000)

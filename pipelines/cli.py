@@ -1,0 +1,110 @@
+"""The command line. Heavy imports wait inside the commands: `realign --help` must answer at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from components.errors import RealignError
+
+app = typer.Typer(
+    name="realign",
+    help="Give finetunes of a safely aligned language model their safety back, keep their skill, and prove both.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+testbed = typer.Typer(help="Small real models with a known safety behaviour.", no_args_is_help=True)
+app.add_typer(testbed, name="testbed")
+
+
+class Size(StrEnum):
+    demo = "demo"
+    minute = "minute"
+
+
+class Architecture(StrEnum):
+    llama = "llama"
+    qwen = "qwen"
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="The run config (YAML).")],
+    workspace: Annotated[
+        Path | None, typer.Option(help="Where results are kept; by default runs/<name of the run>.")
+    ] = None,
+) -> None:
+    """Realign every finetune of a run config: train masks, fuse, evaluate, register, summarise.
+
+    Run it again to continue: what has a record is not run again.
+    """
+    from pipelines.config import load_config
+    from pipelines.run import realign
+
+    loaded = load_config(config)
+    failures = realign(loaded, workspace or Path("runs") / loaded.name)
+    if failures:
+        raise typer.Exit(2)
+
+
+@app.command()
+def status(workspace: Annotated[Path, typer.Argument(help="The workspace directory of a run.")]) -> None:
+    """Say where a run stands, also while it runs or after it was killed."""
+    from pipelines.status import run_status
+
+    for line in run_status(workspace):
+        typer.echo(line)
+
+
+@testbed.command("build")
+def testbed_build(
+    directory: Annotated[Path, typer.Argument(help="Where the family goes.")],
+    seed: Annotated[int, typer.Option(help="Another seed, another world and other models.")] = 0,
+    size: Annotated[Size, typer.Option(help="demo: the whole family; minute: a smaller one for tests.")] = Size.demo,
+    architecture: Annotated[Architecture, typer.Option(help="Which architecture.")] = Architecture.llama,
+) -> None:
+    """Train a family: unaligned and aligned model, five finetunes, data, and a run config for `realign run`."""
+    from components.testbed.family import build_family
+
+    where = build_family(
+        directory,
+        seed=seed,
+        size=size.value,
+        architecture=architecture.value,
+        cache=_cache() / "testbed",
+        progress=_phase,
+    )
+    typer.echo(f"{where}/realign.yaml")
+
+
+def _phase(values: dict[str, Any]) -> None:
+    seconds = f" in {values['seconds']} s" if "seconds" in values else ""
+    typer.echo(f"testbed: {values['phase']} {values['event']}{seconds}", err=True)
+
+
+def _cache() -> Path:
+    """Where things are kept that any run may use again."""
+    given = os.environ.get("REALIGN_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "safety-realign"
+
+
+def main() -> None:
+    """Entry point: a RealignError is one line without a traceback, and its class's exit code."""
+    try:
+        app()
+    except RealignError as error:
+        sys.stderr.write(f"realign: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("realign: interrupted; the same command continues\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The run config: one short YAML. Everything wrong with it is reported together, with line and remedy, before any work.
+
+Light on purpose: pydantic and yaml only, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+
+from components.errors import ConfigError
+from components.evaluation.settings import EvaluationSettings, SetSettings
+from components.masks.settings import MaskSettings, resolve
+from pipelines.yaml_lines import LocatedYaml, Location
+
+NOT_BUILT = {
+    "landscape": "the safety landscape",
+    "gate": "the promotion gate",
+    "cluster": "running on a cluster",
+    "sweep": "sweeps",
+}
+"""Sections that the design has and this version does not: refused, never ignored."""
+
+
+def _absolute(path: Path, info: ValidationInfo) -> Path:
+    base: Path = (info.context or {}).get("base", Path())
+    return base / path.expanduser()
+
+
+def _existing_directory(path: Path, info: ValidationInfo) -> Path:
+    path = _absolute(path, info)
+    if not path.is_dir():
+        raise ValueError(f"no directory {path}; give the path of a checkpoint directory, relative to the config file")
+    return path
+
+
+def _existing_file(path: Path, info: ValidationInfo) -> Path:
+    path = _absolute(path, info)
+    if not path.is_file():
+        raise ValueError(f"no file {path}; give a path relative to the config file")
+    return path
+
+
+CheckpointDirectory = Annotated[Path, AfterValidator(_existing_directory)]
+DataFile = Annotated[Path, AfterValidator(_existing_file)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Control = Literal["paper", "interpolation", "resta", "random_mask"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FinetuneConfig(Section):
+    """One finetune of the aligned model."""
+
+    name: Name
+    path: CheckpointDirectory
+    """A full checkpoint, or a PEFT LoRA adapter directory."""
+    base_equal: bool = False
+    """Declare that the base which an adapter names is the aligned model under another name."""
+    anchor: DataFile | None = None
+    """Unlabelled prompts (JSONL, chat `messages`) of what the finetune is used for; the mask is held to its answers there."""
+    sets: tuple[str, ...] = ()
+    """Names of the task sets that measure this finetune's skill."""
+
+
+class MaskSection(Section):
+    """Which data the mask is trained on, and how."""
+
+    preset: Literal["realign", "paper"] = "realign"
+    preferences: DataFile
+    """Preference pairs (JSONL: prompt, chosen = safe, rejected = unsafe)."""
+    preferences_dev: DataFile | None = None
+    """Held-out pairs, measured and never trained on."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of the preset, e.g. `{steps: 300}`."""
+
+    @model_validator(mode="after")
+    def _known_settings(self) -> MaskSection:
+        try:
+            resolve(self.preset, self.settings)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def resolved(self) -> MaskSettings:
+        return resolve(self.preset, self.settings)
+
+
+class FusionSection(Section):
+    """What is fused beside the realigned model, and which form is taken."""
+
+    controls: tuple[Control, ...] = ()
+    """Other ways to realign, made and measured the same way: `paper` (the published mask), `interpolation`, `resta` (needs
+    `unaligned`), `random_mask` (as dense as the learned one, per tensor)."""
+    select: Literal["auto", "soft", "binary"] = "auto"
+    """The form that is registered. auto: the better one on the dev sets."""
+    max_asr: float = Field(default=0.05, ge=0, le=1)
+    """Attack success rate on dev that `auto` and the controls' scale search hold to, if any candidate does."""
+    candidates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    """Scales that interpolation (α) and RESTA (γ) are tried with on the dev sets."""
+
+
+def _existing_set(chosen: SetSettings, info: ValidationInfo) -> SetSettings:
+    return chosen.model_copy(update={"path": _existing_file(chosen.path, info)})
+
+
+class EvaluationSection(EvaluationSettings):
+    """EvaluationSettings, with files that exist and a set that looks at safety."""
+
+    sets: tuple[Annotated[SetSettings, AfterValidator(_existing_set)], ...]
+
+    @model_validator(mode="after")
+    def _complete(self) -> EvaluationSection:
+        names = [(s.split, s.name) for s in self.sets]
+        twice = sorted({f"{split} {name}" for split, name in names if names.count((split, name)) > 1})
+        if twice:
+            raise ValueError(f"sets with the same split and name: {', '.join(twice)}; rename one")
+        if not any(s.split == "test" and s.kind == "harmful" for s in self.sets):
+            raise ValueError("no test set of kind harmful: without one nobody looks at safety")
+        return self
+
+
+class TrackingSection(Section):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server; by default an sqlite file in the workspace."""
+    experiment: str | None = None
+    """By default the run's name."""
+    register_models: bool = Field(default=True, alias="register")
+    """Register every realigned finetune as a model version."""
+
+
+class ExecutionSection(Section):
+    """How, not what: changes no result beyond floating-point order."""
+
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of each stage. Equal bytes are promised for an equal number."""
+    workers: int | None = Field(default=None, ge=1)
+    """CPUs that stages share; by default all of this machine."""
+    batch_size: int = Field(default=128, ge=1)
+    """Prompts generated together."""
+
+
+class RunConfig(Section):
+    """A run: the aligned model, its finetunes, and what to do with them."""
+
+    name: Name
+    aligned: CheckpointDirectory
+    unaligned: CheckpointDirectory | None = None
+    """What the aligned model was made from; RESTA needs it."""
+    finetunes: tuple[FinetuneConfig, ...]
+    mode: Literal["each"] = "each"
+    mask: MaskSection
+    fusion: FusionSection = FusionSection()
+    evaluation: EvaluationSection
+    tracking: TrackingSection = TrackingSection()
+    execution: ExecutionSection = ExecutionSection()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        problems = [] if self.finetunes else ["finetunes is empty: name at least one"]
+        names = [f.name for f in self.finetunes]
+        problems += [f"finetunes with the same name: {n}" for n in sorted({n for n in names if names.count(n) > 1})]
+        tasks = {s.name for s in self.evaluation.sets if s.kind == "task"}
+        for finetune in self.finetunes:
+            unknown = [s for s in finetune.sets if s not in tasks]
+            if unknown:
+                there = ", ".join(sorted(tasks)) or "none"
+                problems.append(
+                    f"finetune {finetune.name} names task sets that are not there: {unknown} (there: {there})"
+                )
+        if "resta" in self.fusion.controls and self.unaligned is None:
+            problems.append("the control resta needs `unaligned`, the model that the aligned one was made from")
+        needs_dev = {"interpolation", "resta"} & set(self.fusion.controls)
+        dev_harmful = any(s.split == "dev" and s.kind == "harmful" for s in self.evaluation.sets)
+        if not dev_harmful and (needs_dev or self.fusion.select == "auto"):
+            what = ", ".join(sorted(needs_dev)) or "fusion.select: auto"
+            problems.append(f"{what} chooses on dev sets: give evaluation.sets one of kind harmful with split dev")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def general_sets(self) -> tuple[SetSettings, ...]:
+        """Sets that every model is measured on."""
+        return tuple(s for s in self.evaluation.sets if s.kind != "task")
+
+    def sets_of(self, finetune: FinetuneConfig | None) -> tuple[SetSettings, ...]:
+        """Sets that a finetune is measured on; all of them for the aligned model (None)."""
+        if finetune is None:
+            return self.evaluation.sets
+        return tuple(s for s in self.evaluation.sets if s.kind != "task" or s.name in finetune.sets)
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read and check a run config. Raises one ConfigError that lists everything wrong with it."""
+    document = LocatedYaml(path)
+    problems = [
+        (document.line((key,)), f"{key}: {what} is not built in this version; remove the section")
+        for key, what in NOT_BUILT.items()
+        if key in document.data
+    ]
+    if document.data.get("mode") == "merge":
+        problems.append((document.line(("mode",)), "mode: merge is not built in this version; use each"))
+    data = {k: v for k, v in document.data.items() if k not in NOT_BUILT and (k, v) != ("mode", "merge")}
+    try:
+        config = RunConfig.model_validate(data, context={"base": path.resolve().parent})
+    except ValidationError as e:
+        for error in e.errors():
+            problems.append((document.line(tuple(error["loc"])), _sentence(error)))
+    if problems:
+        lines = [f"{path}:{line}: {text}" for line, text in sorted(problems)]
+        raise ConfigError("\n".join(lines))
+    return config
+
+
+def _sentence(error: Any) -> str:
+    location: Location = tuple(error["loc"])
+    where = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_suggestion(location)}"
+    if error["type"] == "missing":
+        return f"{where}: missing; add it"
+    message = re.sub(r"^Value error, ", "", str(error["msg"])).replace("valid tuple", "list")
+    given = "" if error["type"] == "value_error" else f" (given: {error['input']!r})"
+    return f"{where}: {message}{given}" if where else f"{message}{given}"
+
+
+def _suggestion(location: Location) -> str:
+    """` (did you mean 'aligned'?)`, or the keys there are."""
+    model: Any = RunConfig
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        model = {
+            "finetunes": FinetuneConfig,
+            "mask": MaskSection,
+            "fusion": FusionSection,
+            "evaluation": EvaluationSection,
+            "sets": SetSettings,
+            "tracking": TrackingSection,
+            "execution": ExecutionSection,
+        }.get(part, model)
+    keys = [field.alias or name for name, field in model.model_fields.items()]
+    close = difflib.get_close_matches(str(location[-1]), keys, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else f" (there are: {', '.join(keys)})"

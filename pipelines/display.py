@@ -1,0 +1,104 @@
+"""Live progress: in a terminal a row per finetune and a column per stage; elsewhere a plain line per event."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from components.storage import Workspace
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pipelines.driver import NodeState, Watcher
+
+_COLUMNS = ("load", "extract_delta", "train_mask", "search_scale", "fuse", "evaluate")
+_MARKS = {"waiting": "·", "running": "…", "done": "✓", "kept": "✓", "failed": "✗", "skipped": "-"}
+
+
+@contextmanager
+def progress_display(workspace: Workspace, stream: TextIO | None = None) -> Iterator[Watcher]:
+    """A watcher for `run_stages`, fit for where the output goes."""
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        yield PlainLines(stream)
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(console=Console(file=stream), refresh_per_second=4, transient=True) as live:
+        yield lambda nodes: live.update(progress_table(nodes, workspace))
+
+
+class PlainLines:
+    """One line when a stage begins or ends; results that were there already are counted, not listed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._seen: dict[str, str] = {}
+        self._start = time.monotonic()
+
+    def __call__(self, nodes: dict[str, NodeState]) -> None:
+        kept = 0
+        for name, state in nodes.items():
+            if state.status == self._seen.get(name, "waiting"):
+                continue
+            self._seen[name] = state.status
+            if state.status == "kept":
+                kept += 1
+                continue
+            detail = ""
+            if state.status == "done" and state.record is not None:
+                detail = f" in {state.record.seconds:.1f} s"
+            elif state.error is not None:
+                detail = f": {state.error['message']}"
+            self._line(f"{name} {state.status}{detail}")
+        if kept:
+            self._line(f"{kept} results were there already")
+
+    def _line(self, text: str) -> None:
+        self._stream.write(f"[{time.monotonic() - self._start:6.1f} s] {text}\n")
+        self._stream.flush()
+
+
+def progress_table(nodes: dict[str, NodeState], workspace: Workspace) -> Table:
+    """A row per finetune (and one for what runs once), a column per stage with how many of its steps are done."""
+    from rich.table import Table
+
+    table = Table(title=f"{sum(s.ended for s in nodes.values())} of {len(nodes)} steps", title_justify="left")
+    table.add_column("")
+    for column in _COLUMNS:
+        table.add_column(column)
+    rows = dict.fromkeys(s.node.finetune for s in nodes.values())
+    for finetune in rows:
+        mine = [s for s in nodes.values() if s.node.finetune == finetune]
+        cells = [_cell([s for s in mine if s.node.step.stage == column], workspace) for column in _COLUMNS]
+        table.add_row(finetune or "(once)", *cells)
+    return table
+
+
+def _cell(states: list[NodeState], workspace: Workspace) -> str:
+    if not states:
+        return ""
+    failed = [s for s in states if s.status == "failed"]
+    if failed:
+        return f"[red]{_MARKS['failed']} {failed[0].node.step.name}[/red]"
+    if len(states) == 1:
+        return f"{_MARKS[states[0].status]} {_detail(states[0], workspace)}".strip()
+    ended = sum(s.ended for s in states)
+    running = next((s for s in states if s.status == "running"), None)
+    if ended == len(states):
+        return f"[green]{_MARKS['done']}[/green]"
+    return f"{ended}/{len(states)} {_detail(running, workspace) if running else ''}".strip()
+
+
+def _detail(state: NodeState, workspace: Workspace) -> str:
+    if state.status != "running" or state.spec is None:
+        return ""
+    values = workspace.progress(state.spec.stage, state.spec.fingerprint)
+    if values is None:
+        return "queued"
+    return f"{values['done']}/{values['total']}" if {"done", "total"} <= set(values) else "…"

@@ -1,0 +1,165 @@
+"""The local driver: walks the graph, submits stages whose parents are done, and ends with the summary.
+
+A finetune that fails never stops the others, and the summary is always written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from components.errors import RealignError, error_payload
+from components.records import Record
+from components.storage import Workspace, write_atomic
+from pipelines.config import RunConfig
+from pipelines.graph import Node, expand
+from pipelines.roots import Roots, find_roots
+from pipelines.specs import build_spec
+from ray_jobs.stage import StageAnswer, StageSpec
+from ray_jobs.submit import RayRunner, ray_runner
+
+Status = Literal["waiting", "running", "done", "kept", "failed", "skipped"]
+"""kept: its record was there already. skipped: something it needs failed."""
+
+RUN_FILE = "run.json"
+_POLL_SECONDS = 0.5
+
+
+@dataclass
+class NodeState:
+    """Where a node stands."""
+
+    node: Node
+    status: Status = "waiting"
+    spec: StageSpec | None = None
+    record: Record | None = None
+    error: dict[str, str] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("done", "kept", "failed", "skipped")
+
+    @property
+    def ok(self) -> bool:
+        return self.status in ("done", "kept")
+
+
+Watcher = Callable[[dict[str, NodeState]], None]
+
+
+@dataclass
+class RunState:
+    """Everything the driver knows; what the summary is made from."""
+
+    config: RunConfig
+    workspace: Workspace
+    roots: Roots
+    nodes: dict[str, NodeState]
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def record(self, finetune: str | None, step: str) -> Record | None:
+        """The record of a step, None where it failed or the run does not have it."""
+        state = self.nodes.get(f"{finetune}/{step}" if finetune else step)
+        return state.record if state else None
+
+    def result_dir(self, record: Record) -> Path:
+        return self.workspace.result_dir(record.stage, record.fingerprint)
+
+    def error_of(self, finetune: str | None) -> dict[str, str] | None:
+        """The first failure among a finetune's own steps, or among those it stands on."""
+        own = [s for s in self.nodes.values() if s.node.finetune == finetune and s.error is not None]
+        shared = [s for s in self.nodes.values() if s.node.finetune is None and s.error and not s.node.joins]
+        blocked = any(s.status == "skipped" for s in self.nodes.values() if s.node.finetune == finetune)
+        found = own or (shared if blocked else [])
+        return {**(found[0].error or {}), "step": found[0].node.step.name} if found else None
+
+
+def run_stages(config: RunConfig, workspace: Workspace, watch: Watcher) -> RunState:
+    """Run every stage of the graph that has no record yet. Failures are in the state that comes back.
+
+    Raises RealignError only for what makes the whole run pointless: a workspace that cannot be written, broken data files.
+    """
+    workspace.prepare()
+    roots = find_roots(config, workspace.root / ".identities")
+    nodes = {node.id: NodeState(node) for node in expand(config) if node.step.kind == "stage"}
+    state = RunState(config, workspace, roots, nodes)
+    with ray_runner(config.execution.workers) as runner:
+        while True:
+            for ready in _ready(nodes):
+                _start(ready, state, runner)
+            _note(state)
+            watch(nodes)
+            if all(s.ended for s in nodes.values()):
+                return state
+            if _ready(nodes):
+                continue  # a kept or skipped node has freed others
+            for spec, answer in runner.wait(_POLL_SECONDS):
+                _finish(nodes, spec, answer)
+
+
+def _ready(nodes: dict[str, NodeState]) -> list[NodeState]:
+    return [s for s in nodes.values() if s.status == "waiting" and all(nodes[p].ended for _, p in s.node.parents)]
+
+
+def _start(state: NodeState, run: RunState, runner: RayRunner) -> None:
+    parents = {role: run.nodes[parent] for role, parent in state.node.parents}
+    alive = {role: parent.record.reference for role, parent in parents.items() if parent.record is not None}
+    joining = {role for role in parents if ":" in role}
+    missing = set(parents) - set(alive)
+    if missing - joining or (joining and len(joining - missing) < 2):
+        state.status = "skipped"
+        return
+    try:
+        error = run.roots.errors.get(_root_key(state.node))
+        if error is not None and state.node.step.stage == "load":
+            raise error
+        spec = build_spec(state.node, config=run.config, roots=run.roots, parents=alive, workspace=run.workspace.root)
+        record = run.workspace.record(spec.stage, spec.fingerprint)
+    except RealignError as error:
+        state.status, state.error = "failed", error_payload(error)
+        return
+    state.spec = spec
+    if record is not None:
+        state.status, state.record = "kept", record
+        return
+    state.status = "running"
+    # Two nodes may ask for one result (a finetune listed twice under other names): submit it once.
+    if not any(s is not state and s.status == "running" and s.spec == spec for s in run.nodes.values()):
+        runner.submit(spec)
+
+
+def _root_key(node: Node) -> str:
+    if node.finetune is not None:
+        return f"finetune:{node.finetune}"
+    return node.step.name.removeprefix("load_")
+
+
+def _finish(nodes: dict[str, NodeState], spec: StageSpec, answer: StageAnswer) -> None:
+    for state in nodes.values():
+        if state.spec == spec and state.status == "running":
+            if answer["status"] == "done":
+                state.status, state.record = "done", Record.model_validate(answer["record"])
+            else:
+                state.status, state.error = "failed", answer["error"]
+
+
+def _note(run: RunState) -> None:
+    """Write where everything stands, for `realign status`."""
+    nodes: list[dict[str, Any]] = [
+        {
+            "id": s.node.id,
+            "finetune": s.node.finetune,
+            "step": s.node.step.name,
+            "stage": s.node.step.stage,
+            "fingerprint": s.spec.fingerprint if s.spec else None,
+            "status": s.status,
+            "error": s.error,
+        }
+        for s in run.nodes.values()
+    ]
+    content = {"run": run.config.name, "started": run.started.isoformat(timespec="seconds"), "nodes": nodes}
+    write_atomic(run.workspace.root / RUN_FILE, json.dumps(content, indent=1) + "\n")

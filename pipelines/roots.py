@@ -1,0 +1,83 @@
+"""Root models and data files: found, identified by their bytes, and checked as far as that costs nothing, before any work."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.checkpoints.identity import identify
+from components.checkpoints.reference import open_checkpoint
+from components.errors import DataError, RealignError
+from components.evaluation.prompts import load_prompt_set
+from components.masks import preferences
+from components.records import file_sha256
+from pipelines.config import RunConfig
+
+ALIGNED, UNALIGNED = "aligned", "unaligned"
+
+
+@dataclass(frozen=True)
+class Roots:
+    """What the run starts from. A finetune that cannot be identified fails alone; its error waits here."""
+
+    models: dict[str, str]
+    """`aligned`, `unaligned` or `finetune:<name>` -> SHA-256 identity."""
+    errors: dict[str, RealignError]
+    """The same keys, of models that could not be identified."""
+    files: dict[str, str]
+    """Path of a data file -> SHA-256."""
+
+
+def find_roots(config: RunConfig, cache: Path) -> Roots:
+    """Identify every model (hashes are cached by size, mtime and inode) and check every data file.
+
+    Raises DataError that lists what is wrong with the data files: a run whose data is broken must not start.
+    """
+    paths: dict[str, tuple[Path, Path | None, bool]] = {ALIGNED: (config.aligned, None, False)}
+    if config.unaligned is not None and "resta" in config.fusion.controls:
+        paths[UNALIGNED] = (config.unaligned, None, False)
+    for finetune in config.finetunes:
+        paths[f"finetune:{finetune.name}"] = (finetune.path, config.aligned, finetune.base_equal)
+    models: dict[str, str] = {}
+    errors: dict[str, RealignError] = {}
+
+    def one(key: str) -> None:
+        path, base, declared = paths[key]
+        try:
+            checkpoint = open_checkpoint(path, base=base, base_declared_equal=declared)
+            models[key] = identify(checkpoint, cache=cache).sha256
+        except RealignError as error:
+            errors[key] = error
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(one, paths))
+    return Roots(models=models, errors=errors, files=_check_files(config))
+
+
+def _check_files(config: RunConfig) -> dict[str, str]:
+    problems: list[str] = []
+    files: dict[str, str] = {}
+
+    def check(path: Path | None, load: object) -> None:
+        if path is None or str(path) in files:
+            return
+        try:
+            load(path)  # type: ignore[operator]
+        except RealignError as error:
+            problems.append(str(error))
+        files[str(path)] = file_sha256(path)
+
+    check(config.mask.preferences, preferences.load_preferences)
+    check(config.mask.preferences_dev, preferences.load_preferences)
+    for finetune in config.finetunes:
+        check(finetune.anchor, preferences.load_prompts)
+    for chosen in config.evaluation.sets:
+        try:
+            load_prompt_set(chosen)
+        except RealignError as error:
+            problems.append(str(error))
+        files[str(chosen.path)] = file_sha256(chosen.path)
+    if problems:
+        raise DataError("\n".join(problems))
+    return files

@@ -1,0 +1,45 @@
+"""`realign run`: stages, then summary, then the actions (tracking, registry), then the report. The summary always appears."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from components.reporting.report import write_report
+from components.reporting.table import print_table
+
+from components.errors import RealignError
+from components.storage import Workspace
+from pipelines.actions import track_and_register
+from pipelines.config import RunConfig
+from pipelines.display import progress_display
+from pipelines.driver import run_stages
+from pipelines.summary import failures, summarise, write_summary
+
+
+def realign(config: RunConfig, root: Path) -> list[str]:
+    """Run a config in a workspace. Returns one line for each thing that failed; an empty list is success.
+
+    Writes `summary.json` and `report.html` and prints the table, also when finetunes failed. Raises RealignError for what
+    keeps the whole run from starting.
+    """
+    workspace = Workspace(root)
+    with progress_display(workspace) as watch:
+        state = run_stages(config, workspace, watch)
+    summary = summarise(state)
+    failed = failures(summary)
+    failed += [note for note in summary.get("notes", []) if note not in failed]
+    write_summary(summary, workspace.root / "summary.json")
+    try:
+        track_and_register(state, summary)
+    except RealignError as error:
+        failed.append(f"tracking: {error}")
+        summary.setdefault("notes", []).append(f"tracking: {error}")
+    write_summary(summary, workspace.root / "summary.json")
+    write_report(summary, workspace.root / "report.html")
+    print_table(summary, file=sys.stdout)
+    for name in ("summary.json", "report.html"):
+        sys.stdout.write(f"{root / name}\n")
+    for line in failed:
+        sys.stderr.write(f"realign: {line}\n")
+    return failed

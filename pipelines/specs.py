@@ -1,0 +1,139 @@
+"""From a node of the graph to the spec of its stage: what of the config decides the result, and what only how it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from components.evaluation.settings import SetSettings
+from components.fusion.settings import FusionSettings
+from components.masks.settings import resolve
+from pipelines.config import FinetuneConfig, RunConfig
+from pipelines.graph import Node
+from pipelines.roots import ALIGNED, UNALIGNED, Roots
+from ray_jobs.stage import StageSpec
+
+Parts = tuple[dict[str, Any], dict[str, Any]]
+"""(semantics, execution)"""
+
+
+def build_spec(node: Node, *, config: RunConfig, roots: Roots, parents: dict[str, str], workspace: Path) -> StageSpec:
+    """The spec of a stage node. `parents` maps roles to `<stage>/<fingerprint>` of the parents that succeeded."""
+    finetune = next((f for f in config.finetunes if f.name == node.finetune), None)
+    semantics, execution = _BUILDERS[node.step.stage](node, config, roots, finetune)
+    execution = {
+        "threads": config.execution.threads,
+        "checkpoints": _checkpoints(config, finetune, parents),
+        **execution,
+    }
+    return StageSpec(
+        stage=node.step.stage,
+        workspace=str(workspace),
+        semantics=semantics,
+        execution=execution,
+        parents=parents,
+    )
+
+
+def _checkpoints(
+    config: RunConfig, finetune: FinetuneConfig | None, parents: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Where the models lie that a stage reads, by role. Locations are execution: a moved model is the same model."""
+    places: dict[str, dict[str, Any]] = {"load_aligned": {"path": str(config.aligned)}}
+    if config.unaligned is not None:
+        places["load_unaligned"] = {"path": str(config.unaligned)}
+    for other in config.finetunes:
+        role = "load" if other is finetune else f"load:{other.name}"
+        places[role] = {"path": str(other.path), "base": str(config.aligned), "base_equal": other.base_equal}
+    return {role: place for role, place in places.items() if role in parents}
+
+
+def _load(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+    if finetune is not None:
+        role, key = "finetune", f"finetune:{finetune.name}"
+        place = {"path": str(finetune.path), "base": str(config.aligned), "base_equal": finetune.base_equal}
+        semantics = {"role": role, "identity": roots.models[key], "base_equal": finetune.base_equal}
+    else:
+        role = UNALIGNED if node.step.name == "load_unaligned" else ALIGNED
+        path = config.unaligned if role == UNALIGNED else config.aligned
+        place = {"path": str(path)}
+        semantics = {"role": role, "identity": roots.models[role]}
+    checkpoints = {"self": place}
+    if role != ALIGNED:
+        checkpoints["load_aligned"] = {"path": str(config.aligned)}
+    return semantics, {"checkpoints": checkpoints}
+
+
+def _nothing(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+    return {}, {}
+
+
+def _train_mask(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+    assert finetune is not None
+    # A control is trained as published: overrides are for the run's own mask.
+    settings = resolve(node.step.variant, {}) if node.step.variant else config.mask.resolved
+    files = {"preferences": config.mask.preferences, "preferences_dev": config.mask.preferences_dev}
+    if settings.anchor_weight > 0:
+        files["anchor"] = finetune.anchor
+    given = {role: path for role, path in files.items() if path is not None}
+    semantics = {
+        "mask": settings.model_dump(mode="json"),
+        **{role: roots.files[str(path)] for role, path in given.items()},
+    }
+    return semantics, {"files": {role: str(path) for role, path in given.items()}}
+
+
+def _sets(sets: Sequence[SetSettings], roots: Roots) -> Parts:
+    """Prompt sets with their bytes' identity in place of their path; the paths in the same order."""
+    semantics = [{**s.model_dump(mode="json", exclude={"path"}), "sha256": roots.files[str(s.path)]} for s in sets]
+    return {"sets": semantics}, {"sets": [str(s.path) for s in sets]}
+
+
+def _search_scale(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+    semantics, execution = _sets([s for s in config.sets_of(finetune) if s.split == "dev"], roots)
+    semantics |= {
+        "method": node.step.variant,
+        "candidates": list(config.fusion.candidates),
+        "max_asr": config.fusion.max_asr,
+        "evaluation": _evaluation(config),
+    }
+    return semantics, {**execution, "batch_size": config.execution.batch_size}
+
+
+def _fuse(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+    variant = node.step.variant
+    if variant in ("interpolation", "resta"):
+        return {"fusion": {"method": variant}}, {}  # the stage takes the scale from its search
+    if variant == "random_mask":
+        settings = FusionSettings(method="random_mask")
+    else:
+        mask = resolve("paper", {}) if variant.startswith("paper_") else config.mask.resolved
+        form: Literal["soft", "binary"] = "soft" if variant.endswith("soft") else "binary"
+        # The mask is used as it was trained: same rescaling, same scale.
+        rescale: Literal["none", "mean"] = "none" if mask.rescale == "none" else "mean"
+        settings = FusionSettings(method="masked", form=form, rescale=rescale, scale=mask.scale)
+    return {"fusion": settings.model_dump(mode="json")}, {}
+
+
+def _evaluate(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+    # Dev sets choose between the two forms of the realigned model; all other variants are only reported.
+    splits = ("dev", "test") if node.step.variant in ("soft", "binary") else ("test",)
+    semantics, execution = _sets([s for s in config.sets_of(finetune) if s.split in splits], roots)
+    semantics["evaluation"] = _evaluation(config)
+    return semantics, {**execution, "batch_size": config.execution.batch_size}
+
+
+def _evaluation(config: RunConfig) -> dict[str, Any]:
+    return config.evaluation.model_dump(mode="json", exclude={"sets"})
+
+
+_BUILDERS: dict[str, Callable[[Node, RunConfig, Roots, FinetuneConfig | None], Parts]] = {
+    "load": _load,
+    "extract_delta": _nothing,
+    "compare_deltas": _nothing,
+    "train_mask": _train_mask,
+    "search_scale": _search_scale,
+    "fuse": _fuse,
+    "evaluate": _evaluate,
+}

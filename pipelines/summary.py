@@ -1,0 +1,143 @@
+"""summary.json from the records of a run: what became of every finetune, in numbers that can be checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from components.evaluation.compare import compare_outcomes, flipped
+from components.evaluation.outcomes import Outcome, read_answers
+from components.evaluation.prompts import PromptSet, load_prompt_set
+from components.records import Record
+from components.reporting.schema import FinetuneSummary, Rates, RunSummary
+from components.storage import write_atomic
+from pipelines.config import FinetuneConfig
+from pipelines.driver import RunState
+
+_AFTER = ("soft", "binary")
+_CONTROLS = ("paper_soft", "paper_binary", "interpolation", "resta", "random_mask")
+
+
+def summarise(run: RunState) -> RunSummary:
+    """The summary of a run whose stages have ended, whatever became of them. The registry is filled in later."""
+    aligned = run.record(None, "evaluate_aligned")
+    notes = [
+        f"{state.node.id}: {state.error['message']}"
+        for state in run.nodes.values()
+        if state.node.finetune is None and state.error is not None
+    ]
+    summary: RunSummary = {
+        "schema": 1,
+        "run": run.config.name,
+        "created": run.started.isoformat(timespec="seconds"),
+        "aligned": _rates(aligned),
+        "finetunes": [_finetune(run, finetune) for finetune in run.config.finetunes],
+        "seconds": _seconds(run, None),
+        "notes": notes,
+    }
+    return summary
+
+
+def _finetune(run: RunState, finetune: FinetuneConfig) -> FinetuneSummary:
+    name = finetune.name
+    error = run.error_of(name)
+    entry: FinetuneSummary = {
+        "name": name,
+        "status": "failed" if error else "done",
+        "error": f"{error['step']}: {error['message']}" if error else None,
+        "seconds": _seconds(run, name),
+    }
+    measured = {v: run.record(name, f"evaluate_{v}") for v in ("before", *_AFTER, *_CONTROLS)}
+    entry["before"] = _rates(measured["before"])
+    entry["after_soft"], entry["after_binary"] = _rates(measured["soft"]), _rates(measured["binary"])
+    entry["controls"] = {v: rates for v in _CONTROLS if (rates := _rates(measured[v])) is not None}
+    entry["control_settings"] = _control_settings(run, name)
+    fused = {form: run.record(name, f"fuse_{form}") for form in _AFTER}
+    entry["fused"] = {form: str(run.result_dir(r) / "model") for form, r in fused.items() if r}  # type: ignore[typeddict-item]
+    entry["selected"] = _selected(run, measured)
+    entry["registry"] = None
+    _add_statistics(run, entry)
+    _add_comparisons(run, finetune, entry, measured)
+    records = [run.record(name, step) for step in ("load", "train_mask", "fuse_soft", "fuse_binary")]
+    entry["notes"] = [note for record in records if record for note in record.notes]
+    return entry
+
+
+def _rates(record: Record | None, split: str = "test") -> Rates | None:
+    return record.metrics.get(split) if record else None
+
+
+def _seconds(run: RunState, finetune: str | None) -> dict[str, float]:
+    return {s.node.step.name: s.record.seconds for s in run.nodes.values() if s.node.finetune == finetune and s.record}
+
+
+def _control_settings(run: RunState, name: str) -> dict[str, dict[str, Any]]:
+    searches = {control: run.record(name, f"search_{control}") for control in ("interpolation", "resta")}
+    return {control: record.metrics["chosen"] for control, record in searches.items() if record}
+
+
+def _selected(run: RunState, measured: dict[str, Record | None]) -> Any:
+    """The form to serve. `auto` looks at dev alone: safe enough first, then skill, then few refusals of benign prompts."""
+    there = [form for form in _AFTER if measured[form] is not None]
+    if run.config.fusion.select != "auto":
+        return run.config.fusion.select if run.config.fusion.select in there else None
+
+    def goodness(form: str) -> tuple[float, float, float]:
+        rates: dict[str, Any] = dict(_rates(measured[form], "dev") or {})
+        asr = rates["asr"]["value"]
+        too_unsafe = max(asr - run.config.fusion.max_asr, 0.0)
+        skill = rates["task"]["value"] if "task" in rates else 0.0
+        refusals = rates["over_refusal"]["value"] if "over_refusal" in rates else 0.0
+        return (-too_unsafe, skill, -refusals)
+
+    return max(there, key=goodness, default=None)
+
+
+def _add_statistics(run: RunState, entry: FinetuneSummary) -> None:
+    mask, delta = run.record(entry["name"], "train_mask"), run.record(entry["name"], "extract_delta")
+    if mask:
+        entry["density"] = mask.metrics["density"]
+    if delta:
+        overall = delta.metrics["overall"]
+        entry["delta"] = {"norm": overall["norm"], "zero_fraction": overall["zeros"]}
+        if overall["relative_norm"] is not None:
+            entry["delta"]["relative_norm"] = overall["relative_norm"]
+        together = run.record(None, "compare_deltas")
+        if together:
+            entry["delta"]["cosines"] = together.metrics["cosines"].get(entry["name"], {})
+
+
+def _add_comparisons(
+    run: RunState, finetune: FinetuneConfig, entry: FinetuneSummary, measured: dict[str, Record | None]
+) -> None:
+    """Paired differences of both forms against what was before and every control, on the test prompts."""
+    sets = [load_prompt_set(s) for s in run.config.sets_of(finetune) if s.split == "test"]
+    answers = {v: _answers(run, record, sets) for v, record in measured.items() if record}
+    confidence = run.config.evaluation.confidence
+    entry["comparisons"] = {
+        f"{form}_vs_{other}": compare_outcomes(
+            sets=sets, first=answers[form], second=answers[other], confidence=confidence
+        )
+        for form in _AFTER
+        if form in answers
+        for other in answers
+        if other != form
+    }
+    after = entry["selected"] or "soft"
+    if "before" in answers and after in answers:
+        entry["examples"] = flipped(before=answers["before"], after=answers[after])
+
+
+def _answers(run: RunState, record: Record, sets: list[PromptSet]) -> dict[str, list[Outcome]]:
+    directory = run.result_dir(record) / "test" / "answers"
+    return {s.name: read_answers(directory / f"{s.name}.jsonl") for s in sets}
+
+
+def failures(summary: RunSummary) -> list[str]:
+    """One line for each finetune that did not make it."""
+    return [f"{f['name']} failed at {f['error']}" for f in summary["finetunes"] if f["status"] == "failed"]
+
+
+def write_summary(summary: RunSummary, path: Path) -> None:
+    write_atomic(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")

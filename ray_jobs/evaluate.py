@@ -1,0 +1,44 @@
+"""Stage `evaluate`: answers of one published model to the run's prompt sets, with verdicts and rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from components.evaluation.evaluate import evaluate_model
+from components.evaluation.generate import load_model
+from ray_jobs.models import checkpoint
+from ray_jobs.prompt_files import evaluation_settings, prompt_sets
+from ray_jobs.stage import Outcome, StageContext
+
+
+def run(context: StageContext) -> Outcome:
+    """Writes `<split>/answers/<set>.jsonl`; metrics are the rates of each split."""
+    sets = prompt_sets(context)
+    model, tokenizer = _model(context)
+    metrics: dict[str, Any] = {}
+    for split in ("dev", "test"):
+        if not any(s.split == split for s in sets):
+            continue
+        result = evaluate_model(
+            model=model,
+            tokenizer=tokenizer,
+            sets=sets,
+            settings=evaluation_settings(context),
+            out_dir=context.out / split,
+            split=split,
+            state_dir=context.state / split,
+            batch_size=int(context.spec.execution["batch_size"]),
+            progress=context.attempt.progress,
+            keep_going=context.attempt.keep_going,
+        )
+        metrics[split] = result.rates
+    return Outcome(metrics=metrics)
+
+
+def _model(context: StageContext) -> tuple[Any, Any]:
+    """A fused model as it was published, or a root model (an adapter over its base)."""
+    fused = next((role for role in context.parents if role.startswith("fuse_")), None)
+    if fused is not None:
+        return load_model(context.parent_dir(fused) / "model")
+    root = checkpoint(context, "load" if "load" in context.parents else "load_aligned")
+    return load_model(root.path, base=root.base.path if root.base else None)

@@ -1,0 +1,97 @@
+"""Run stages on Ray: on this machine without a dashboard or an open job port, with retries of what a retry can mend."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_jobs.failure import Decision, decide
+from ray_jobs.stage import StageAnswer, StageSpec, run_stage
+
+_OBJECT_STORE_BYTES = 128 * 2**20  # only specs and records travel through Ray
+
+
+@dataclass
+class _Pending:
+    spec: StageSpec
+    tries: int
+
+
+@dataclass
+class RayRunner:
+    """Submits stages and hands back their answers as they end. Use through `ray_runner`."""
+
+    cpus: int
+    _pending: dict[Any, _Pending] = field(default_factory=dict)
+    _task: Any = None
+
+    def submit(self, spec: StageSpec, tries: int = 1) -> None:
+        if self._task is None:
+            self._start()
+        threads = int(spec.execution.get("threads", 1))
+        name = f"{spec.stage}/{spec.fingerprint}"
+        task = self._task.options(num_cpus=min(threads, self.cpus), max_retries=0, name=name)
+        self._pending[task.remote(spec.model_dump_json())] = _Pending(spec, tries)
+
+    def wait(self, timeout: float) -> list[tuple[StageSpec, StageAnswer]]:
+        """Answers that have come within `timeout` seconds. A stage that raised is tried again, or answered as failed."""
+        import ray
+
+        ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout)
+        answers = []
+        for reference in ready:
+            pending = self._pending.pop(reference)
+            try:
+                answers.append((pending.spec, ray.get(reference)))
+            except Exception as error:  # noqa: BLE001 - whatever a stage raised is decided on here, never dropped
+                if decide(error, pending.tries) is Decision.RETRY:
+                    time.sleep(min(2.0**pending.tries, 10.0))
+                    self.submit(pending.spec, pending.tries + 1)
+                else:
+                    answers.append((pending.spec, _gave_up(error, pending.tries)))
+        return answers
+
+    def _start(self) -> None:
+        import ray
+
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            address="local",
+            num_cpus=self.cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        self._task = ray.remote(_run_json)
+
+
+def _run_json(spec_json: str) -> StageAnswer:
+    return run_stage(StageSpec.model_validate_json(spec_json))
+
+
+def _gave_up(error: BaseException, tries: int) -> StageAnswer:
+    cause = getattr(error, "cause", None) or error
+    trace = "".join(traceback.format_exception(error)).strip()
+    message = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
+    return {"status": "failed", "error": {"type": "Fault", "message": f"{message} (tries: {tries})", "trace": trace}}
+
+
+@contextmanager
+def ray_runner(cpus: int | None = None) -> Iterator[RayRunner]:
+    """A runner that starts Ray at the first submission (a run whose results are all there needs none)."""
+    runner = RayRunner(cpus=cpus or os.cpu_count() or 1)
+    try:
+        yield runner
+    finally:
+        if runner._task is not None:
+            import ray
+
+            ray.shutdown()

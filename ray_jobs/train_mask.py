@@ -1,0 +1,50 @@
+"""Stage `train_mask`: the Concrete mask of one finetune, trained in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from components.errors import DataError
+from components.masks.settings import MaskSettings
+from components.masks.training import train_mask
+from components.records import file_sha256
+from ray_jobs.models import checkpoint
+from ray_jobs.stage import Outcome, StageContext
+
+CHECKPOINT_SECONDS = 5.0
+
+
+def run(context: StageContext) -> Outcome:
+    """Writes `mask/`: the artifact and `metrics.jsonl` (a line per step). A killed attempt goes on at its last state and
+    ends with the same bytes."""
+    aligned, finetune = checkpoint(context, "load_aligned"), checkpoint(context, "load")
+    settings = MaskSettings(**context.spec.semantics["mask"])
+    files = {role: _same_file(context, role, Path(path)) for role, path in context.spec.execution["files"].items()}
+    result = train_mask(
+        settings=settings,
+        aligned_dir=aligned.model_dir,
+        aligned=aligned.source,
+        finetune=finetune.source,
+        preferences=files["preferences"],
+        preferences_dev=files.get("preferences_dev"),
+        anchor=files.get("anchor"),
+        state_dir=context.state,
+        out_dir=context.out / "mask",
+        checkpoint_seconds=CHECKPOINT_SECONDS,
+        progress=lambda event: _report(context, event),
+        keep_going=context.attempt.keep_going,
+    )
+    return Outcome(metrics={**result.metrics, "seconds": result.seconds})
+
+
+def _same_file(context: StageContext, role: str, path: Path) -> Path:
+    if file_sha256(path) != context.spec.semantics[role]:
+        raise DataError(f"{path} has changed since this run began; run again")
+    return path
+
+
+def _report(context: StageContext, event: dict[str, Any]) -> None:
+    if "step" in event:
+        event = {**event, "done": event["step"] + 1, "total": event["steps"]}
+    context.attempt.progress(event)

@@ -1,0 +1,96 @@
+"""The run config: everything wrong with it at once, with line and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from components.errors import ConfigError
+from pipelines.config import load_config
+
+GOOD = """\
+name: trial
+aligned: aligned
+finetunes:
+  - name: zh
+    path: zh
+    sets: [zh]
+mask:
+  preferences: pairs.jsonl
+evaluation:
+  sets:
+    - {name: harmful, kind: harmful, path: harmful.jsonl}
+    - {name: harmful, kind: harmful, split: dev, path: harmful.jsonl}
+    - {name: zh, kind: task, path: zh.jsonl}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    for directory in ("aligned", "zh"):
+        (tmp_path / directory).mkdir()
+    for file in ("pairs.jsonl", "harmful.jsonl", "zh.jsonl"):
+        (tmp_path / file).write_text("{}\n")
+    return tmp_path
+
+
+def problems(place: Path, text: str) -> list[str]:
+    path = place / "realign.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    return [line.removeprefix(f"{path}:") for line in str(caught.value).splitlines()]
+
+
+def test_a_good_config_has_absolute_paths_and_defaults(place: Path) -> None:
+    (place / "realign.yaml").write_text(GOOD)
+    config = load_config(place / "realign.yaml")
+    assert config.aligned == place / "aligned"
+    assert config.evaluation.sets[0].path == place / "harmful.jsonl"
+    assert config.mask.resolved.temperature_end < config.mask.resolved.temperature_start
+    assert [s.name for s in config.sets_of(config.finetunes[0])] == ["harmful", "harmful", "zh"]
+    assert config.tracking.register_models is True
+
+
+def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
+    text = GOOD.replace("aligned: aligned", "aligned: nowhere\naligend: x").replace(
+        "preferences:", "preferences: no.jsonl #"
+    )
+    text = text.replace("sets: [zh]", "sets: zh")
+    found = problems(place, text)
+    assert [line.split(":")[0] for line in found] == ["2", "3", "7", "9"]
+    assert "no directory" in found[0]
+    assert "aligend: unknown key (did you mean 'aligned'?)" in found[1]
+    assert "finetunes.0.sets" in found[2]
+    assert "no file" in found[3]
+    assert "no.jsonl" in found[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "text"),
+    [
+        (("name: trial\n", ""), 1, "name: missing"),
+        (("mask:\n", "mask:\n  preset: papr\n"), 8, "'realign' or 'paper'"),
+        (("mask:\n", "mask:\n  settings: {stepz: 3, steps: -1}\n"), 7, "mask.stepz"),
+        (("mask:\n", "landscape: {points: 21}\nmask:\n"), 7, "landscape: the safety landscape is not built"),
+        (("mask:\n", "mode: merge\nmask:\n"), 7, "mode: merge is not built"),
+        (("sets: [zh]", "sets: [zz]"), 1, r"names task sets that are not there: ['zz'] (there: zh)"),
+        (("mask:\n", "fusion: {controls: [resta]}\nmask:\n"), 1, "resta needs `unaligned`"),
+        (("kind: harmful, split: dev", "kind: benign, split: dev"), 1, "chooses on dev sets"),
+        (("name: zh\n", "name: a/b\n"), 4, "finetunes.0.name"),
+        (("kind: harmful, path", "kind: harmful, path: x, pth"), 11, "unknown key (did you mean 'path'?)"),
+    ],
+)
+def test_each_mistake_has_its_line_and_remedy(place: Path, change: tuple[str, str], line: int, text: str) -> None:
+    assert change[0] in GOOD
+    found = problems(place, GOOD.replace(*change))
+    assert any(f.startswith(f"{line}: ") and text in f for f in found), found
+
+
+def test_keys_given_twice_and_broken_yaml_are_refused(place: Path) -> None:
+    assert "'name' (line 14)" in problems(place, GOOD + "name: other\n")[0]
+    assert "not YAML" in problems(place, "a: [1\n")[0]
+    assert "mapping of sections" in problems(place, "- 1\n")[0]
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(place / "absent.yaml")

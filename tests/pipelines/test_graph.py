@@ -1,0 +1,47 @@
+"""The stage graph: an order that works, no dangling parents, nothing that nobody asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import load_config
+from pipelines.graph import STEPS, expand, steps_of
+from ray_jobs.stage import VERSIONS
+from tests.pipelines.test_config import GOOD, place  # noqa: F401 - a fixture
+
+
+def test_parents_stand_before_children_and_stages_exist() -> None:
+    seen: set[str] = set()
+    for step in STEPS:
+        assert set(step.parents) <= seen, step.name
+        assert step.name not in seen
+        seen.add(step.name)
+        assert step.kind == "action" or step.stage in VERSIONS
+
+
+@pytest.mark.usefixtures("place")
+def test_a_run_has_what_it_asks_for(place: Path) -> None:  # noqa: F811
+    (place / "en").mkdir()
+    two = GOOD.replace("mask:\n", "  - {name: en, path: en}\nmask:\n", 1)
+    (place / "realign.yaml").write_text(two)
+    config = load_config(place / "realign.yaml")
+    names = {step.name for step in steps_of(config)}
+    assert {"fuse_soft", "fuse_binary", "evaluate_before", "compare_deltas"} <= names
+    assert not names & {"load_unaligned", "search_resta", "train_mask_paper", "fuse_random_mask"}
+    nodes = {node.id: node for node in expand(config)}
+    assert nodes["zh/fuse_soft"].parents == (
+        ("load_aligned", "load_aligned"), ("load", "zh/load"), ("train_mask", "zh/train_mask"),
+    )  # fmt: skip
+    assert nodes["compare_deltas"].joins
+    assert dict(nodes["compare_deltas"].parents) == {
+        "load_aligned": "load_aligned", "load:zh": "zh/load", "load:en": "en/load",
+    }  # fmt: skip
+
+
+def test_one_finetune_has_nothing_to_compare(place: Path) -> None:  # noqa: F811
+    (place / "realign.yaml").write_text(GOOD.replace("mask:\n", "fusion: {controls: [paper]}\nmask:\n", 1))
+    names = {step.name for step in steps_of(load_config(place / "realign.yaml"))}
+    assert "compare_deltas" not in names
+    assert {"train_mask_paper", "fuse_paper_soft", "evaluate_paper_binary"} <= names
