@@ -31,10 +31,10 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	$(PYTEST) -n 2 -m "not slow and not gpu"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test-all: lint
-	$(PYTEST) -n 2 -m "not gpu"
+	$(PYTEST) -n 2 --dist loadgroup -m "not gpu"
 
 # After a stage's code and version changed together: see CONTRIBUTING.md.
 stage-lock: install

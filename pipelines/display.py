@@ -34,7 +34,7 @@ def progress_display(workspace: Workspace, stream: TextIO | None = None) -> Iter
 
 
 class PlainLines:
-    """One line when a stage begins or ends; results that were there already are counted, not listed."""
+    """One line when a step ends; results that were there already are counted, not listed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -49,6 +49,7 @@ class PlainLines:
             self._seen[name] = state.status
             if state.status == "kept":
                 kept += 1
+            if state.status in ("kept", "running"):  # running may still mean queued: what has ended is what counts
                 continue
             detail = ""
             if state.status == "done" and state.record is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from components.reporting.report import write_report
-from components.reporting.table import print_table
-
 from components.errors import RealignError
+from components.reporting.report import write_report
+from components.reporting.schema import RunSummary
+from components.reporting.table import comparison_table, comparison_text
 from components.storage import Workspace
 from pipelines.actions import track_and_register
 from pipelines.config import RunConfig
@@ -37,9 +37,20 @@ def realign(config: RunConfig, root: Path) -> list[str]:
         summary.setdefault("notes", []).append(f"tracking: {error}")
     write_summary(summary, workspace.root / "summary.json")
     write_report(summary, workspace.root / "report.html")
-    print_table(summary, file=sys.stdout)
+    _print_table(summary)
     for name in ("summary.json", "report.html"):
         sys.stdout.write(f"{root / name}\n")
     for line in failed:
         sys.stderr.write(f"realign: {line}\n")
     return failed
+
+
+def _print_table(summary: RunSummary) -> None:
+    """As wide as the terminal; in full where the output goes to a file."""
+    if not sys.stdout.isatty():
+        sys.stdout.write(comparison_text(summary))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(comparison_table(summary, width=console.width))

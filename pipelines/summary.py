@@ -97,7 +97,12 @@ def _selected(run: RunState, measured: dict[str, Record | None]) -> Any:
 def _add_statistics(run: RunState, entry: FinetuneSummary) -> None:
     mask, delta = run.record(entry["name"], "train_mask"), run.record(entry["name"], "extract_delta")
     if mask:
-        entry["density"] = mask.metrics["density"]
+        tensors = json.loads((run.result_dir(mask) / "mask" / "mask.json").read_text())["tensors"]
+        entry["density"] = {
+            "mean": mask.metrics["density"],
+            "soft_mean": mask.metrics["soft_mean"],
+            "tensors": {name: t["density"] for name, t in tensors.items()},
+        }
     if delta:
         overall = delta.metrics["overall"]
         entry["delta"] = {"norm": overall["norm"], "zero_fraction": overall["zeros"]}

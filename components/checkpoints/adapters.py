@@ -1,10 +1,10 @@
 """A PEFT LoRA adapter over its base as a TensorSource: every tensor is merged as it is read, nothing is written.
 
 LoRA: https://arxiv.org/abs/2106.09685, rsLoRA: https://arxiv.org/abs/2312.03732. The result is what PEFT's
-`merge_and_unload` gives on the base loaded in fp32: `W.float() + (B A) * scaling`, all in fp32, so an adapted tensor's dtype
-here is fp32 whatever the base's: rounding the sum to bf16 would lose part of the delta. Products are taken over fixed row
-tiles (below), which makes a value independent of the range it was read with; against PEFT's one product over the whole
-matrix it may differ in the last bits of the fp32 sum over the rank.
+`merge_and_unload` gives on the base loaded in fp32: `W.float() + (B A) * scaling`, all in fp32, so an adapted tensor's
+dtype here is fp32 whatever the base's: rounding the sum to bf16 would lose part of the delta. Products are taken over
+fixed row tiles (below), which makes a value independent of the range it was read with; against PEFT's one product over
+the whole matrix it may differ in the last bits of the fp32 sum over the rank.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FACTORS = {
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt"})  # their layers keep weights as (in, out)
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "true", "false"})
 _REFUSED: Mapping[str, str] = {
-    "use_dora": "DoRA is not supported: its magnitudes rescale whole rows of the base; merge it with PEFT and give the result",
+    "use_dora": "DoRA is not supported: it rescales whole rows of the base; merge it with PEFT and give the result",
     "use_qalora": "QALoRA pools its inputs and has no plain merged weight",
     "lora_bias": "a bias inside LoRA (lora_bias) is not supported; merge it with PEFT and give the result",
     "alora_invocation_tokens": "activated LoRA switches on in mid-prompt and cannot be merged",
@@ -100,7 +100,8 @@ class LoraSource:
         return sorted({*self._pairs, *self._replaced})
 
     def spec(self, name: str) -> TensorSpec:
-        """The base's spec; fp32 where a LoRA product is added, the saved dtype where the adapter replaces the tensor."""
+        """The base's spec; fp32 where a LoRA product is added, the saved dtype where the adapter replaces the
+        tensor."""
         name = self.aliases().get(name, name)
         spec = self.base.spec(name)
         if name in self._pairs:
@@ -317,7 +318,8 @@ def _equal_saved(names: Sequence[str], saved: Mapping[str, str], header: Header)
 
 
 def _missing(parsed: _Parsed, config: Mapping[str, Any], names: set[str]) -> list[str]:
-    """Modules that the config targets and the file lacks: a cut or wrongly saved adapter would merge to half its effect."""
+    """Modules that the config targets and the file lacks: a cut or wrongly saved adapter would merge to half its
+    effect."""
     targets = config.get("target_modules")
     restricted = any(config.get(k) for k in ("layers_to_transform", "exclude_modules", "layers_pattern"))
     if not isinstance(targets, list) or restricted:

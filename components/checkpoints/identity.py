@@ -1,7 +1,7 @@
 """What a root model *is*: the SHA-256 of its files' contents, wherever they lie.
 
-Hashing is cached by (path, size, mtime, inode). Paths inside JSON configs (the name that a model was saved from) are left
-out: a moved model is the same model.
+Hashing is cached by (path, size, mtime, inode). Paths inside JSON configs (the name that a model was saved from) are
+left out: a moved model is the same model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _SETTLE_NS = 2_000_000_000
 
 @dataclass(frozen=True)
 class Identity:
-    """`sha256` of the canonical JSON of `files`: name -> {"bytes", "sha256"}. An adapter's include its base's as base/…"""
+    """`sha256` of the canonical JSON of `files`: name -> {"bytes", "sha256"}. An adapter's include its base's as
+    base/…"""
 
     sha256: str
     files: dict[str, dict[str, Any]]
@@ -49,7 +50,8 @@ def identify(checkpoint: Checkpoint, *, cache: Path | None = None) -> Identity:
             continue
         for path in part.files:
             name = prefix + path.relative_to(part.path).as_posix()
-            files[name] = {"bytes": _stat(path).st_size, "sha256": file_sha256(path, cache=cache)}
+            size = len(_without_paths(path)) if path.name in _CONFIGS else _stat(path).st_size
+            files[name] = {"bytes": size, "sha256": file_sha256(path, cache=cache)}
     files = dict(sorted(files.items()))
     canonical = json.dumps(files, sort_keys=True, separators=(",", ":"))
     return Identity(sha256=hashlib.sha256(canonical.encode()).hexdigest(), files=files)

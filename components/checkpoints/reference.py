@@ -77,8 +77,8 @@ def _open_adapter(path: Path, base: Checkpoint, declared_equal: bool) -> Checkpo
 def _check_base(path: Path, base: Checkpoint, declared_equal: bool) -> tuple[str, ...]:
     """Is `base` the model that the adapter names? The same directory, or one with the same weight bytes.
 
-    A relative name is looked up from the adapter's directory (a family can be moved as a whole). A hub id matches a base
-    inside a hub cache of that id. Equal directory names prove nothing.
+    A relative name is looked up from the adapter's directory (a family can be moved as a whole). A hub id matches a
+    base inside a hub cache of that id. Equal directory names prove nothing.
     """
     named = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
     if declared_equal:

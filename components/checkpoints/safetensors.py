@@ -62,6 +62,7 @@ class SafetensorsSource:
         self.files, headers = _open_weights(directory)
         self._files = {name: MappedFile(header) for header in headers for name in header.tensors}
         self._placed: dict[str, Placed] = {name: header.tensors[name] for header in headers for name in header.tensors}
+        self._aliases: dict[str, str] = {}
         self._aliases = self._tie()
 
     def names(self) -> list[str]:
@@ -129,7 +130,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if method:
         kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
         raise CheckpointError(
-            f"{path}: weights are quantised ({kind}); rounded weights have no delta to mask: give the bf16 or fp32 model"
+            f"{path}: weights are quantised ({kind}); such weights have no delta to mask: give the bf16 or fp32 model"
         )
     return config
 

@@ -44,8 +44,8 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor, 1-D, in its stored dtype. The result may alias a read-only map:
-        never write into it."""
+        """Elements [start, stop) of the flattened tensor, 1-D, in its stored dtype. The result may alias a read-only
+        map: never write into it."""
         ...
 
     def aliases(self) -> Mapping[str, str]:

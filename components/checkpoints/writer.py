@@ -1,7 +1,9 @@
-"""Write safetensors shards whose every shape is known before the first byte: headers first, then slices to their offsets.
+"""Write safetensors shards whose every shape is known before the first byte: headers first, then slices to their
+offsets.
 
-Memory is one slice whatever the model's size; slices may come in any order and from several threads. The directory given
-is an attempt's own: publishing it (by rename) is the caller's. `finish` refuses unless every element was written once.
+Memory is one slice whatever the model's size; slices may come in any order and from several threads. The directory
+given is an attempt's own: publishing it (by rename) is the caller's. `finish` refuses unless every element was written
+once.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ _TEMPLATE_DIRECTORY = "additional_chat_templates"
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> dict[str, list[str]]:
-    """file name -> its tensors: names in order, a new file when the next tensor would pass the limit. A tensor larger than
-    the limit has a file of its own. A function of specs and limit only, so that every process plans the same."""
+    """file name -> its tensors: names in order, a new file when the next tensor would pass the limit. A tensor larger
+    than the limit has a file of its own. A function of specs and limit only, so that every process plans the same."""
     groups: list[list[str]] = []
     used = 0
     for name in sorted(specs):
@@ -115,7 +117,7 @@ class CheckpointWriter:
             self._written[name].add(start, stop, name)
         shard = self._of[name]
         offset = shard.header.tensors[name].offset + start * spec.dtype.itemsize
-        view = memoryview(values.detach().contiguous().view(torch.uint8).numpy())
+        view = memoryview(values.detach().contiguous().view(torch.uint8).numpy().data)
         self._pwrite(shard, view, offset)
         with self._lock:
             self.bytes_written += view.nbytes
@@ -205,7 +207,8 @@ class _Ranges:
         i = bisect_left(self._ranges, (start, start))
         before = self._ranges[i - 1] if i > 0 else None
         after = self._ranges[i] if i < len(self._ranges) else None
-        assert (before is None or before[1] <= start) and (after is None or stop <= after[0]), f"{name} written twice"
+        assert before is None or before[1] <= start, f"{name} written twice"
+        assert after is None or stop <= after[0], f"{name} written twice"
         low, high = i, i
         if before is not None and before[1] == start:
             low, start = i - 1, before[0]
@@ -221,8 +224,9 @@ def copy_side_files(
     """Give a directory of weights all that `from_pretrained` wants: config.json (dtype set to the weights'), generation
     config, tokenizer and chat template.
 
-    config and generation config come from `model_dir`, the tokenizer's files all from `tokenizer_dir`; what those lack is
-    taken from `fallback_dir` (the aligned model). Files of two tokenizers are never mixed. Returns the names written.
+    config and generation config come from `model_dir`, the tokenizer's files all from `tokenizer_dir`; what those lack
+    is taken from `fallback_dir` (the aligned model). Files of two tokenizers are never mixed. Returns the names
+    written.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     config = read_json(model_dir / "config.json")

@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 Progress = Callable[[dict[str, Any]], None]
 
 
-class EvaluationStopped(Exception):  # noqa: N818
-    """`keep_going` said no. What was answered so far is in the state directory; a rerun goes on from there."""
-
-
 @dataclass(frozen=True)
 class EvaluationResult:
     """`rates` is what summary.json holds; `outcomes` has each set's lines in prompt order; `identity` says what was
@@ -56,13 +52,13 @@ def evaluate_checkpoint(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
-    keep_going: Callable[[], bool] | None = None,
+    keep_going: Callable[[], None] | None = None,
 ) -> EvaluationResult:
     """Evaluate the sets of one split on a model directory, loaded in fp32 unless `dtype` says otherwise.
 
     `base` is needed for an adapter directory. `state_dir` keeps finished batches, so that an interrupted evaluation
-    goes on where it stopped; it must belong to this model alone. Raises CheckpointError, EvaluationError,
-    EvaluationStopped.
+    goes on where it stopped; it must belong to this model alone. `keep_going` is called after every batch and may raise
+    to stop. Raises CheckpointError, EvaluationError.
     """
     import torch
 
@@ -94,7 +90,7 @@ def evaluate_model(
     state_dir: Path | None = None,
     batch_size: int = 128,
     progress: Progress | None = None,
-    keep_going: Callable[[], bool] | None = None,
+    keep_going: Callable[[], None] | None = None,
 ) -> EvaluationResult:
     """The same for a model in memory. Without `out_dir` nothing is written. The model's mode is left as `eval`."""
     started = time.perf_counter()
@@ -126,7 +122,7 @@ def _answers(
     state_dir: Path | None,
     batch_size: int,
     progress: Progress | None,
-    keep_going: Callable[[], bool] | None,
+    keep_going: Callable[[], None] | None,
 ) -> list[Answer]:
     from components.evaluation.generate import answer_batches
     from components.evaluation.state import AnswerState
@@ -148,8 +144,8 @@ def _answers(
         found.update(batch)
         if progress is not None:
             progress({"set": one.name, "done": len(found), "total": len(one)})
-        if keep_going is not None and not keep_going():
-            raise EvaluationStopped(f"stopped in set {one.name!r} after {len(found)} of {len(one)} prompts")
+        if keep_going is not None:
+            keep_going()
     return [found[i] for i in range(len(one))]
 
 

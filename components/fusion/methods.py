@@ -1,7 +1,7 @@
 """Fusion methods: plain tensor functions with their papers, and the registry that a method's name is looked up in.
 
-Notation: a = aligned, f = finetune, u = unaligned, τ = f − a. Functions take flattened slices of equal length. All arithmetic is
-fp32 (the engine casts once, at the end); selects are in the output dtype and exact.
+Notation: a = aligned, f = finetune, u = unaligned, τ = f − a. Functions take flattened slices of equal length. All
+arithmetic is fp32 (the engine casts once, at the end); selects are in the output dtype and exact.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ class Mask(Protocol):
     """What fusion needs of a mask artifact."""
 
     def names(self) -> list[str]:
-        """Masked tensors."""
+        """Tensors that the mask speaks of."""
+        ...
+
+    def numel(self, name: str) -> int:
+        """Elements of one of them."""
+        ...
+
+    def is_masked(self, name: str) -> bool:
+        """False for a tensor that was left out in training: it keeps the finetune's weights."""
         ...
 
     def soft(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -64,6 +72,13 @@ class Block:
     finetune: torch.Tensor
 
 
+_INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
 Kernel = Callable[[Block], torch.Tensor]
 """Fused slice: fp32, or already in the output dtype."""
 
@@ -87,15 +102,22 @@ def blend(aligned: torch.Tensor, finetune: torch.Tensor, c: torch.Tensor) -> tor
     a, f = aligned.float(), finetune.float()
     out = torch.lerp(a, f, c)
     low, high = torch.aminmax(c) if c.numel() else (c.sum(), c.sum())
-    if low <= 0 <= high or low <= 1 <= high:  # −0.0 + 0 would be +0.0
-        out = torch.where(c == 0, a, out)
-        out = torch.where(c == 1, f, out)
+    if low <= 0 <= high:  # −0.0 + 0 would be +0.0
+        out = select(out, a, c == 0, torch.float32)
+    if low <= 1 <= high:
+        out = select(out, f, c == 1, torch.float32)
     return out
 
 
 def select(aligned: torch.Tensor, finetune: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """f where the bit is set, else a: no arithmetic, every bit kept when `dtype` is at least as wide as both."""
-    return torch.where(bits, finetune.to(dtype), aligned.to(dtype))
+    """f where the bit is set, else a: no arithmetic, every bit kept when `dtype` is at least as wide as both.
+
+    Integer logic on the bit patterns: torch.where takes ten times as long (measured).
+    """
+    integer = _INTEGERS[dtype]
+    a, f = aligned.to(dtype).view(integer), finetune.to(dtype).view(integer)
+    chosen = torch.bitwise_xor(a, f).bitwise_and_(bits.to(integer).neg_())
+    return chosen.bitwise_xor_(a).view(dtype)
 
 
 def masked(
@@ -103,7 +125,8 @@ def masked(
 ) -> torch.Tensor:
     """θ_safe + λ (τ ⊙ m) / mean(m): subspace-oriented model fusion, https://arxiv.org/abs/2405.09055.
 
-    `mean` is that of the mask over the whole tensor, None for no rescale. A tensor whose mask is all zero stays aligned.
+    `mean` is that of the mask over the whole tensor, None for no rescale. A tensor whose mask is all zero stays
+    aligned.
     """
     factor = scale if mean is None else (scale / mean if mean > 0 else 0.0)
     return blend(aligned, finetune, mask if factor == 1.0 else mask * factor)
@@ -118,9 +141,7 @@ def interpolation(aligned: torch.Tensor, finetune: torch.Tensor, *, alpha: float
     return torch.lerp(aligned.float(), finetune.float(), alpha)
 
 
-def resta(
-    aligned: torch.Tensor, finetune: torch.Tensor, unaligned: torch.Tensor, *, gamma: float
-) -> torch.Tensor:
+def resta(aligned: torch.Tensor, finetune: torch.Tensor, unaligned: torch.Tensor, *, gamma: float) -> torch.Tensor:
     """θ_t + γ (θ_safe − θ_u): RESTA, https://arxiv.org/abs/2402.11746."""
     return (aligned.float() - unaligned.float()).mul_(gamma).add_(finetune.float())
 
@@ -128,6 +149,8 @@ def resta(
 def _prepare_masked(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
     mask, name = inputs.mask, inputs.name
     assert mask is not None
+    if not mask.is_masked(name):
+        return _keep_finetune(inputs)
     rescale = settings.rescale == "mean"
     if settings.form == "soft":
         mean = mask.soft_mean(name) if rescale else None
@@ -144,6 +167,8 @@ def _prepare_masked(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
 
 def _prepare_random(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
     """The control for a learned binary mask: as many ones in each tensor, at random places."""
+    if inputs.mask is not None and not inputs.mask.is_masked(inputs.name):
+        return _keep_finetune(inputs)
     density = settings.density if inputs.mask is None else inputs.mask.density(inputs.name)
     assert density is not None
     count = round(density * inputs.numel)
@@ -161,9 +186,12 @@ def _bits_kernel(
 ) -> Kernel:
     if settings.scale == 1.0 and density is None:
         return lambda b: select(b.aligned, b.finetune, bits(b.start, b.stop), inputs.dtype)
-    return lambda b: masked(
-        b.aligned, b.finetune, bits(b.start, b.stop).float(), scale=settings.scale, mean=density
-    )
+    return lambda b: masked(b.aligned, b.finetune, bits(b.start, b.stop).float(), scale=settings.scale, mean=density)
+
+
+def _keep_finetune(inputs: TensorInputs) -> Kernel:
+    """A tensor that was left out of the mask keeps the finetune's weights, as it did in training."""
+    return lambda b: b.finetune.to(inputs.dtype)
 
 
 def _prepare_interpolation(inputs: TensorInputs, settings: FusionSettings) -> Kernel:

@@ -21,13 +21,14 @@ _REQUIRED: dict[str, str] = {"masked": "form", "interpolation": "alpha", "resta"
 
 
 class FusionSettings(BaseModel):
-    """How an aligned model and a finetune become one. A field that the method has no use for is refused, not ignored."""
+    """How an aligned model and a finetune become one. A field that the method has no use for is refused, not
+    ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: MethodName
-    """`masked`: a learned mask on the delta; `interpolation`: WiSE-FT; `resta`: add the safety vector; `random_mask`: the
-    control, a random mask as dense as the learned one."""
+    """`masked`: a learned mask on the delta; `interpolation`: WiSE-FT; `resta`: add the safety vector; `random_mask`:
+    the control, a random mask as dense as the learned one."""
     form: Literal["soft", "binary"] | None = None
     """masked: `soft` = σ(ℓ), `binary` = ℓ > 0."""
     scale: float = Field(1.0, gt=0, allow_inf_nan=False)

@@ -1,12 +1,11 @@
 """A causal LM whose weights are written from (aligned, finetuned, mask), by parameter and not by module class.
 
-The model's own parameters hold the fused weights. Before a step they are written in place from the two stored models and the
-logits; an ordinary backward leaves ∂L/∂w in `.grad`; `logit_gradients` turns that into ∂L/∂ℓ with the closed form of
-concrete.py, drawing the same noise again. So no module is wrapped, autograd keeps neither mask nor delta, a tied weight is one
-parameter with one mask, any number of forwards share one sample, and the same arithmetic works on a slice of each parameter:
-an engine that shards parameters owns [start, stop) of aligned, finetuned, logits and weights alike, and only the two sums
-of each tensor in `all_sum` cross ranks.
-"""
+The model's own parameters hold the fused weights. Before a step they are written in place from the two stored models
+and the logits; an ordinary backward leaves ∂L/∂w in `.grad`; `logit_gradients` turns that into ∂L/∂ℓ with the closed
+form of concrete.py, drawing the same noise again. So no module is wrapped, autograd keeps neither mask nor delta, a
+tied weight is one parameter with one mask, any number of forwards share one sample, and the same arithmetic works on a
+slice of each parameter: an engine that shards parameters owns [start, stop) of aligned, finetuned, logits and weights
+alike, and only the two sums of each tensor in `all_sum` cross ranks."""
 
 from __future__ import annotations
 
@@ -25,12 +24,15 @@ from components.masks.concrete import (
     binary_mask,
     coefficient,
     concrete_sample,
-    interpolate,
+    interpolate_into,
     logistic_noise,
     logit_gradient,
     soft_mask,
 )
 from components.masks.settings import MaskSettings
+
+REMEMBER = 1 << 24
+"""Default of `MaskedModel(remember=…)`: 64 MiB."""
 
 Weights = Literal["aligned", "finetuned", "soft", "binary"]
 """What the parameters hold: mask 0, mask 1, the expected mask σ(ℓ), the mask ℓ > 0 (or a sample: `write_sample`)."""
@@ -38,8 +40,8 @@ Weights = Literal["aligned", "finetuned", "soft", "binary"]
 
 @dataclass
 class MaskedSlice:
-    """Elements [start, stop) of one tensor. `aligned`, `finetuned`: as stored; `logits`, `weights`: 1-D, what the mask is and
-    where the fused weights go (a view of the model's parameter)."""
+    """Elements [start, stop) of one tensor. `aligned`, `finetuned`: as stored; `logits`, `weights`: 1-D, what the mask
+    is and where the fused weights go (a view of the model's parameter)."""
 
     name: str
     start: int
@@ -57,15 +59,18 @@ class MaskedSlice:
         return blocks(self.stop - self.start, 2 * BLOCK)
 
     def pair(self, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both models' elements in the logits' dtype (fp32 as they are read: a delta in a narrow type loses weights)."""
+        """Both models' elements in the logits' dtype (fp32 as they are read: a delta in a narrow type loses
+        weights)."""
         dtype = self.logits.dtype
         return self.aligned[low:high].to(dtype), self.finetuned[low:high].to(dtype)
 
 
 @dataclass
 class UnmaskedSlice:
-    """Elements [start, stop) of a tensor without a mask: the finetune's weights, except while the model is the aligned one."""
+    """Elements [start, stop) of a tensor without a mask: the finetune's weights, except while the model is the aligned
+    one."""
 
+    name: str
     aligned: torch.Tensor
     finetuned: torch.Tensor
     weights: torch.Tensor
@@ -76,7 +81,8 @@ def _no_reduction(sums: torch.Tensor) -> torch.Tensor:
 
 
 class MaskedModel:
-    """Writes weights into `model` and reads gradients of the logits out of it. `all_sum` adds a vector over all ranks."""
+    """Writes weights into `model` and reads gradients of the logits out of it. `all_sum` adds a vector over all
+    ranks."""
 
     def __init__(
         self,
@@ -86,16 +92,21 @@ class MaskedModel:
         *,
         unmasked: Sequence[UnmaskedSlice] = (),
         all_sum: Callable[[torch.Tensor], torch.Tensor] = _no_reduction,
+        remember: int = REMEMBER,
     ) -> None:
         self.model, self.slices, self.settings = model, list(slices), settings
         self.unmasked, self._all_sum = list(unmasked), all_sum
         self._sampled: tuple[int, float, torch.Tensor] | None = None
         self.numel = sum(s.numel for s in self.slices if s.start == 0)
+        """Elements of all masks, over all ranks."""
+        self._remember = sum(s.stop - s.start for s in self.slices) <= remember
+        self._samples: dict[tuple[str, int], torch.Tensor] = {}
 
     @torch.no_grad()
     def write(self, weights: Weights) -> None:
         """Put one of the four deterministic models into the parameters."""
         self._sampled = None
+        self._samples.clear()
         for plain in self.unmasked:
             plain.weights.copy_(plain.aligned if weights == "aligned" else plain.finetuned)
         if weights in ("soft", "binary"):
@@ -109,6 +120,7 @@ class MaskedModel:
         """Put the weights under the mask of one training step into the parameters."""
         if self._sampled is None:
             self.write("finetuned")
+        self._samples.clear()
         temperature = self.settings.temperature(step)
         means = self._fuse(lambda s, low, high: self._harden(self._sample(s, low, high, step, temperature)))
         self._sampled = (step, temperature, means)
@@ -138,6 +150,7 @@ class MaskedModel:
             gradients.append(gradient)
         for s in self.slices:
             s.parameter.grad = None
+        self._samples.clear()
         return gradients
 
     @torch.no_grad()
@@ -154,7 +167,13 @@ class MaskedModel:
         """Per tensor, elements that are equal in both models: no mask can matter there."""
         return {s.name: sum(int(torch.eq(*s.pair(*piece)).sum()) for piece in s.pieces()) for s in self.slices}
 
+    def unmasked_numel(self) -> dict[str, int]:
+        """Tensors without a mask and their elements here."""
+        return {u.name: u.weights.numel() for u in self.unmasked}
+
     def _sample(self, s: MaskedSlice, low: int, high: int, step: int, temperature: float) -> torch.Tensor:
+        if (s.name, low) in self._samples:
+            return self._samples[s.name, low]
         logits = s.logits[low:high]
         if not self.settings.stochastic:
             return concrete_sample(logits, None, temperature)
@@ -166,7 +185,10 @@ class MaskedModel:
             stop=s.start + high,
             device=str(logits.device),
         )
-        return concrete_sample(logits, noise, temperature)
+        sample = concrete_sample(logits, noise, temperature)
+        if self._remember:
+            self._samples[s.name, low] = sample
+        return sample
 
     def _harden(self, sample: torch.Tensor) -> torch.Tensor:
         return (sample > 0.5).to(sample.dtype) if self.settings.relaxation == "straight_through" else sample
@@ -190,7 +212,7 @@ class MaskedModel:
             for low, high in s.pieces():
                 aligned, finetuned = s.pair(low, high)
                 c = coefficient(mask(s, low, high), scale=self.settings.scale, mean=mean)
-                s.weights[low:high] = interpolate(aligned, finetuned, c)
+                interpolate_into(s.weights[low:high], aligned, finetuned, c)
         return means
 
     def _mean_pulls(self, step: int, temperature: float, means: torch.Tensor) -> list[float]:
@@ -237,7 +259,9 @@ def _chosen(names: Sequence[str], settings: MaskSettings) -> set[str]:
     """Names that get a mask. A pattern that matches nothing is the user's mistake."""
     idle = [p for p in (*settings.include, *settings.exclude) if not fnmatch.filter(names, p)]
     if idle:
-        raise ConfigError(f"mask patterns that match no tensor: {listed(idle)}; tensors are named like {listed(list(names), 3)}")
+        raise ConfigError(
+            f"mask patterns that match no tensor: {listed(idle)}; tensors are named like {listed(list(names), 3)}"
+        )
     taken = {n for p in settings.include for n in fnmatch.filter(names, p)}
     taken -= {n for p in settings.exclude for n in fnmatch.filter(names, p)}
     if not taken:
@@ -262,7 +286,8 @@ def build_masked_model(
     where: Path,
     logits_dtype: torch.dtype = torch.float32,
 ) -> MaskedModel:
-    """Whole tensors (one process). `where` names the aligned model in errors. Raises CheckpointError for parameters that the sources do not name or whose shapes differ."""
+    """Whole tensors (one process). `where` names the aligned model in errors. Raises CheckpointError for parameters
+    that the sources do not name or whose shapes differ."""
     parameters = _source_names(model, aligned, where)
     finetune_names, finetune_aliases = set(finetune.names()), finetune.aliases()
     wrong: list[str] = []
@@ -276,7 +301,9 @@ def build_masked_model(
             continue
         shapes = (aligned.spec(name).shape, finetune.spec(other).shape)
         if shapes != (tuple(parameter.shape),) * 2:
-            wrong.append(f"{name}: aligned {list(shapes[0])}, finetune {list(shapes[1])}, model {list(parameter.shape)}")
+            wrong.append(
+                f"{name}: aligned {list(shapes[0])}, finetune {list(shapes[1])}, model {list(parameter.shape)}"
+            )
             continue
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
@@ -284,7 +311,7 @@ def build_masked_model(
         weights = parameter.detach().view(-1)
         parameter.requires_grad_(name in masked)
         if name not in masked:
-            unmasked.append(UnmaskedSlice(*stored, weights))
+            unmasked.append(UnmaskedSlice(name, *stored, weights))
             continue
         slices.append(
             MaskedSlice(

@@ -5,7 +5,7 @@ Shapes: R rows (sequences), N response tokens of all rows together, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,8 +32,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The finetune's distribution at each of a row's n response tokens. Whole vocabulary: `log_probs` [n, V] and no `indices`;
-    otherwise the top k, `log_probs` and `indices` [n, K], and the rest as one more outcome, `tail` [n] (log of its mass)."""
+    """The finetune's distribution at each of a row's n response tokens. Whole vocabulary: `log_probs` [n, V] and no
+    `indices`; otherwise the top k, `log_probs` and `indices` [n, K], and the rest as one more outcome, `tail` [n] (log
+    of its mass)."""
 
     log_probs: torch.Tensor
     indices: torch.Tensor | None = None
@@ -41,8 +42,8 @@ class Teacher:
 
 
 def length_groups(lengths: Sequence[int], overhead: int = GROUP_OVERHEAD) -> list[list[int]]:
-    """Split rows into groups of similar length: least padded tokens + `overhead` per group (dynamic programme over the rows in
-    order of length). Deterministic; every row appears once."""
+    """Split rows into groups of similar length: least padded tokens + `overhead` per group (dynamic programme over the
+    rows in order of length). Deterministic; every row appears once."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     best: list[tuple[int, int]] = [(0, 0)]
     for end in range(1, len(order) + 1):
@@ -57,8 +58,8 @@ def length_groups(lengths: Sequence[int], overhead: int = GROUP_OVERHEAD) -> lis
 
 @contextmanager
 def _only_positions(head: torch.nn.Module | None, row: torch.Tensor, column: torch.Tensor) -> Iterator[None]:
-    """While open, the output head sees the hidden states at (row, column) only, as one sequence: [B, T, D] -> [1, N, D]. What a
-    model does to logits afterwards (scaling, soft-capping) is by element and does not notice."""
+    """While open, the output head sees the hidden states at (row, column) only, as one sequence: [B, T, D] -> [1, N,
+    D]. What a model does to logits afterwards (scaling, soft-capping) is by element and does not notice."""
     if head is None:
         yield
         return
@@ -78,7 +79,9 @@ def _group_log_probs(model: Any, rows: Sequence[Row]) -> torch.Tensor:
     longest = max(len(r.tokens) for r in rows) - 1  # the last token predicts nothing that is scored
     device = next(model.parameters()).device
     # Padded on the right: no real token attends to a pad, so no attention mask is needed and pads may be any token.
-    ids = torch.tensor([[*r.tokens[:-1], *([r.tokens[0]] * (longest + 1 - len(r.tokens)))] for r in rows], device=device)
+    ids = torch.tensor(
+        [[*r.tokens[:-1], *([r.tokens[0]] * (longest + 1 - len(r.tokens)))] for r in rows], device=device
+    )
     row = torch.tensor([i for i, r in enumerate(rows) for _ in range(r.response)], device=device)
     column = torch.tensor([c for r in rows for c in range(r.prompt - 1, len(r.tokens) - 1)], device=device)
     with _only_positions(model.get_output_embeddings(), row, column):
@@ -87,24 +90,40 @@ def _group_log_probs(model: Any, rows: Sequence[Row]) -> torch.Tensor:
     return torch.log_softmax(chosen.float() if chosen.dtype.itemsize < 4 else chosen, dim=-1)
 
 
-def response_log_probs(model: Any, rows: Sequence[Row], *, overhead: int = GROUP_OVERHEAD) -> list[torch.Tensor]:
-    """For each row log π over the vocabulary at its response tokens, [n, V]. Rows of similar length share a forward call."""
-    found: list[torch.Tensor | None] = [None] * len(rows)
-    for group in length_groups([len(r.tokens) for r in rows], overhead):
-        parts = _group_log_probs(model, [rows[i] for i in group]).split([rows[i].response for i in group])
-        for i, part in zip(group, parts, strict=True):
-            found[i] = part
-    return cast(list[torch.Tensor], found)
+@dataclass(frozen=True)
+class Scored:
+    """Response tokens of R rows, row after row in the order `order`: `log_probs` [N, V], `row` and `target` [N]."""
+
+    log_probs: torch.Tensor
+    row: torch.Tensor
+    target: torch.Tensor
+    order: tuple[int, ...]
+
+    def sequences(self) -> torch.Tensor:
+        """log π(response | prompt) of each row, in the rows' own order: [R]."""
+        picked = self.log_probs.gather(1, self.target[:, None])[:, 0]
+        return picked.new_zeros(len(self.order)).index_add(0, self.row, picked)
+
+    def each(self) -> dict[int, torch.Tensor]:
+        """The [n, V] log-probabilities of each row, by its index."""
+        return dict(
+            zip(self.order, self.log_probs.split(torch.bincount(self.row)[list(self.order)].tolist()), strict=True)
+        )
 
 
-def sequence_log_prob(log_probs: torch.Tensor, row: Row) -> torch.Tensor:
-    """log π(response | prompt) of one row from its [n, V] log-probabilities: a scalar."""
-    targets = torch.tensor(row.tokens[row.prompt :], device=log_probs.device)
-    return log_probs.gather(1, targets[:, None]).sum()
+def score(model: Any, rows: Sequence[Row], *, overhead: int = GROUP_OVERHEAD) -> Scored:
+    """log π over the vocabulary at every response token. Rows of similar length share a forward call."""
+    groups = length_groups([len(r.tokens) for r in rows], overhead)
+    log_probs = torch.cat([_group_log_probs(model, [rows[i] for i in group]) for group in groups])
+    order = [i for group in groups for i in group]
+    row = torch.tensor([i for i in order for _ in range(rows[i].response)], device=log_probs.device)
+    target = torch.tensor([t for i in order for t in rows[i].tokens[rows[i].prompt :]], device=log_probs.device)
+    return Scored(log_probs, row, target, tuple(order))
 
 
 def sigmoid_dpo(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """DPO losses and reward margins [P] from log-probabilities [P, 2] of (chosen, rejected) (arXiv 2305.18290, eq. 7)."""
+    """DPO losses and reward margins [P] from log-probabilities [P, 2] of (chosen, rejected) (arXiv 2305.18290, eq.
+    7)."""
     ratio = policy - reference
     margins = beta * (ratio[:, 0] - ratio[:, 1])
     return -F.logsigmoid(margins), margins
@@ -125,12 +144,16 @@ def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.log((1.0 - log_probs.exp().sum(dim=-1)).clamp_min(tiny))
 
 
-def teacher_kl(log_probs: torch.Tensor, teacher: Teacher) -> torch.Tensor:
-    """Σ over tokens of KL(teacher ‖ model) in nats: a scalar. With a top-k teacher the tokens outside count as one outcome."""
-    mine, his = log_probs, teacher.log_probs
-    if teacher.indices is not None:
-        assert teacher.tail is not None
-        top = log_probs.gather(-1, teacher.indices)
+def anchor_kl(scored: Scored, teachers: Mapping[int, Teacher]) -> tuple[torch.Tensor, int]:
+    """Σ over tokens of KL(teacher ‖ model) in nats, and the number of tokens, over the rows that have a teacher. With a
+    top-k teacher the tokens outside count as one outcome."""
+    rows = [i for i in scored.order if i in teachers]
+    his = torch.cat([teachers[i].log_probs for i in rows])
+    taught = torch.zeros(len(scored.order), dtype=torch.bool, device=scored.row.device)
+    taught[rows] = True
+    mine = scored.log_probs[taught[scored.row]]
+    if teachers[rows[0]].indices is not None:
+        top = mine.gather(-1, torch.cat([cast(torch.Tensor, teachers[i].indices) for i in rows]))
         mine = torch.cat((top, _log_rest(top)[:, None]), dim=-1)
-        his = torch.cat((his, teacher.tail[:, None]), dim=-1)
-    return F.kl_div(mine, his.to(mine.dtype), reduction="sum", log_target=True)
+        his = torch.cat((his, torch.cat([cast(torch.Tensor, teachers[i].tail) for i in rows])[:, None]), dim=-1)
+    return F.kl_div(mine, his.to(mine.dtype), reduction="sum", log_target=True), len(mine)

@@ -1,18 +1,20 @@
-"""Preference pairs and anchor prompts: JSONL files, checked whole, and their tokenisation with the model's own chat template."""
+"""Preference pairs and anchor prompts: JSONL files, checked whole, and their tokenisation with the model's own chat
+template."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from components.errors import DataError, listed
 from components.masks.objective import Row
 
 Messages = list[dict[str, str]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,51 +45,45 @@ class Pair:
 
 
 def load_preferences(path: Path) -> list[Preference]:
-    """Rows `{"prompt", "chosen", "rejected"}`, each a text or chat messages; messages of `chosen` and `rejected` may repeat the
-    prompt, which may then be left out. Raises DataError that lists every bad line."""
-    rows, problems = [], []
-    for line, row, problem in _json_rows(path):
-        try:
-            if problem:
-                raise ValueError(problem)
-            rows.append(_preference(line, row))
-        except ValueError as error:
-            problems.append(f"line {line}: {error}")
-    _refuse(path, problems, len(rows), "preference pair")
-    return rows
+    """Rows `{"prompt", "chosen", "rejected"}`, each a text or chat messages; messages of `chosen` and `rejected` may
+    repeat the prompt, which may then be left out. Raises DataError that lists every bad line."""
+    return _load(path, _preference, "preference pair")
 
 
 def load_prompts(path: Path) -> list[Prompt]:
-    """Rows `{"messages": [...]}` that end with a user's turn (an assistant's last turn is dropped), or `{"prompt": text}`.
-    Raises DataError that lists every bad line."""
-    rows, problems = [], []
-    for line, row, problem in _json_rows(path):
+    """Rows `{"messages": [...]}` that end with a user's turn (an assistant's last turn is dropped), or
+    `{"prompt": text}`. Raises DataError that lists every bad line."""
+    return _load(path, _prompt, "prompt")
+
+
+def _load(path: Path, parse: Callable[[int, dict[str, Any]], T], what: str) -> list[T]:
+    rows: list[T] = []
+    problems: list[str] = []
+    for line, row in _json_rows(path):
         try:
-            if problem:
-                raise ValueError(problem)
-            rows.append(_prompt(line, row))
+            rows.append(parse(line, row if isinstance(row, dict) else _raise(row)))
         except ValueError as error:
             problems.append(f"line {line}: {error}")
-    _refuse(path, problems, len(rows), "prompt")
+    if problems:
+        raise DataError(f"{path}: {listed(problems)}")
+    if not rows:
+        raise DataError(f"{path}: the file is empty; write one JSON object per line, each a {what}")
     return rows
 
 
-def _refuse(path: Path, problems: list[str], usable: int, what: str) -> None:
-    if problems:
-        raise DataError(f"{path}: {listed(problems)}")
-    if not usable:
-        raise DataError(f"{path}: the file is empty; write one JSON object per line, each a {what}")
+def _raise(problem: str) -> NoReturn:
+    raise ValueError(problem)
 
 
-def _json_rows(path: Path) -> list[tuple[int, dict[str, Any], str]]:
-    """(line, object, problem) of every line that is not blank."""
+def _json_rows(path: Path) -> list[tuple[int, dict[str, Any] | str]]:
+    """(line, object, or what is wrong with it) of every line that is not blank."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text at byte {error.start}") from None
-    rows: list[tuple[int, dict[str, Any], str]] = []
+    rows: list[tuple[int, dict[str, Any] | str]] = []
     # Not splitlines(): U+2028 and its like are ordinary characters inside a JSON string.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -95,9 +91,9 @@ def _json_rows(path: Path) -> list[tuple[int, dict[str, Any], str]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            rows.append((number, {}, f"not JSON ({error.msg}, column {error.colno})"))
+            rows.append((number, f"not JSON ({error.msg}, column {error.colno})"))
             continue
-        rows.append((number, row, "") if isinstance(row, dict) else (number, {}, "not a JSON object"))
+        rows.append((number, row if isinstance(row, dict) else "not a JSON object"))
     return rows
 
 
@@ -128,34 +124,43 @@ def _response(row: Mapping[str, Any], key: str) -> tuple[str, Messages]:
 
 def _preference(line: int, row: Mapping[str, Any]) -> Preference:
     problems: list[str] = []
-    responses: dict[str, tuple[str, Messages]] = {}
-    for key in ("chosen", "rejected"):
-        try:
-            responses[key] = _response(row, key)
-        except ValueError as error:
-            problems.append(str(error))
-    prompt: str | Messages | None = row.get("prompt")
+    texts: dict[str, str] = {}
+    prompt: str | Messages | None = None
     try:
-        if prompt is None and len(responses) == 2:
-            prompt = responses["chosen"][1] or None
-        if prompt is None:
-            raise ValueError("no 'prompt'")
-        prompt = prompt if isinstance(prompt, str) else _messages(prompt, "prompt")
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            raise ValueError("prompt is empty")
+        prompt = _given_prompt(row)
     except ValueError as error:
         problems.append(str(error))
-    if problems:
+    for key in ("chosen", "rejected"):
+        try:
+            texts[key], before = _response(row, key)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        prompt = prompt if prompt is not None or problems else before or None
+        if before and prompt is not None and before != _as_messages(prompt):
+            problems.append(f"the messages of {key} before its answer are not the prompt")
+    if prompt is None and not problems:
+        problems.append("no 'prompt'")
+    if len(texts) == 2 and texts["chosen"] == texts["rejected"]:
+        problems.append("chosen and rejected are identical")
+    if problems or prompt is None:
         raise ValueError(", ".join(problems))
-    assert prompt is not None
-    as_messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    for key, (_, before) in responses.items():
-        if before and before != as_messages:
-            raise ValueError(f"the messages of {key} before its answer are not the prompt")
-    chosen, rejected = responses["chosen"][0], responses["rejected"][0]
-    if chosen == rejected:
-        raise ValueError("chosen and rejected are identical")
-    return Preference(line, prompt, chosen, rejected)
+    return Preference(line, prompt, texts["chosen"], texts["rejected"])
+
+
+def _given_prompt(row: Mapping[str, Any]) -> str | Messages | None:
+    value = row.get("prompt")
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("prompt is empty")
+        return value
+    return _messages(value, "prompt")
+
+
+def _as_messages(prompt: str | Messages) -> Messages:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _prompt(line: int, row: Mapping[str, Any]) -> Prompt:
@@ -174,13 +179,13 @@ def _prompt(line: int, row: Mapping[str, Any]) -> Prompt:
 
 
 def prompt_text(tokenizer: Any, prompt: str | Messages) -> str:
-    """The prompt as the model sees it, up to where its answer begins. Without a chat template only plain text will do."""
+    """The prompt as the model sees it, up to where its answer begins. Without a chat template only plain text will
+    do."""
     if tokenizer.chat_template is None:
         if isinstance(prompt, str):
             return prompt
         raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, so prompts must be plain text")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return str(tokenizer.apply_chat_template(_as_messages(prompt), tokenize=False, add_generation_prompt=True))
 
 
 def encode_prompt(tokenizer: Any, prompt: str | Messages) -> tuple[int, ...]:
@@ -193,8 +198,8 @@ def encode_row(tokenizer: Any, prompt: str | Messages, response: str) -> Row:
     before = encode_prompt(tokenizer, prompt)
     text, ended = response, False
     if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
+        turns = [*_as_messages(prompt), {"role": "assistant", "content": response}]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
         lead = prompt_text(tokenizer, prompt)
         if whole.startswith(lead):
             text, ended = whole[len(lead) :], True
@@ -210,7 +215,8 @@ def encode_row(tokenizer: Any, prompt: str | Messages, response: str) -> Row:
 def encode_pairs(tokenizer: Any, rows: Sequence[Preference], max_length: int, path: Path) -> tuple[list[Pair], int]:
     """Tokenised pairs, and how many were left out because a side is longer than `max_length` tokens."""
     pairs = [
-        Pair(r.line, encode_row(tokenizer, r.prompt, r.chosen), encode_row(tokenizer, r.prompt, r.rejected)) for r in rows
+        Pair(r.line, encode_row(tokenizer, r.prompt, r.chosen), encode_row(tokenizer, r.prompt, r.rejected))
+        for r in rows
     ]
     kept = [p for p in pairs if max(len(p.chosen.tokens), len(p.rejected.tokens)) <= max_length]
     if not kept:
@@ -223,8 +229,8 @@ def _rank(seed: int, what: str, epoch: int, index: int) -> bytes:
 
 
 class Schedule:
-    """Which examples each step takes: epochs, each a permutation by hash of (seed, epoch, index). A function of the step alone, so
-    it is the same at every number of workers and after every resume."""
+    """Which examples each step takes: epochs, each a permutation by hash of (seed, epoch, index). A function of the
+    step alone, so it is the same at every number of workers and after every resume."""
 
     def __init__(self, examples: int, batch_size: int, *, seed: int, what: str) -> None:
         assert examples > 0

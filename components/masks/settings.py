@@ -24,51 +24,52 @@ class MaskSettings(BaseModel):
     """`concrete`: the relaxed sample is used as it is. `straight_through`: hard forward (0 or 1), soft gradient."""
     stochastic: bool = True
     """Draw logistic noise at each step; without it the mask is σ(ℓ/T) (straight-through: ℓ > 0)."""
-    temperature_start: float = Field(1.0, gt=0)
+    temperature_start: float = Field(default=1.0, gt=0)
     """T at the first step."""
-    temperature_end: float = Field(0.02, gt=0)
+    temperature_end: float = Field(default=0.02, gt=0)
     """T at the last step; geometric in between. Equal to the start: constant."""
     init_logit: float = 2.0
     """ℓ₀, the same for every element."""
     rescale: Literal["mean", "detached", "none"] = "none"
     """Divide each tensor's mask by its mean: with the mean's gradient (paper), without it, or not at all."""
-    scale: float = Field(1.0, gt=0)
+    scale: float = Field(default=1.0, gt=0)
     """λ, the factor on the masked delta."""
     loss: Literal["sigmoid"] = "sigmoid"
     """Preference loss: sigmoid DPO."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     """β of DPO."""
     reference: Literal["aligned", "finetuned", "initial"] = "aligned"
     """Weights that give DPO's reference log-probabilities; `initial` is the soft mask at ℓ₀."""
-    anchor_weight: float = Field(1.0, ge=0)
-    """Weight of KL(finetune ‖ masked), in nats a token, on the finetune's own answers to the anchor prompts; 0: no anchor."""
-    anchor_batch_size: int = Field(16, ge=1)
+    anchor_weight: float = Field(default=1.0, ge=0)
+    """Weight of KL(finetune ‖ masked), in nats a token, on the finetune's own answers to the anchor prompts; 0: no
+    anchor."""
+    anchor_batch_size: int = Field(default=16, ge=1)
     """Anchor prompts a step."""
-    anchor_new_tokens: int = Field(48, ge=1)
+    anchor_new_tokens: int = Field(default=48, ge=1)
     """Longest answer, in tokens, that the finetune writes to an anchor prompt."""
-    anchor_full_vocabulary: int = Field(4096, ge=0)
+    anchor_full_vocabulary: int = Field(default=4096, ge=0)
     """Up to this vocabulary size the whole distribution is matched; above it the top k tokens and the tail's mass."""
-    anchor_top_k: int = Field(64, ge=1)
+    anchor_top_k: int = Field(default=64, ge=1)
     """k for larger vocabularies."""
-    anchor_holdout: float = Field(0.1, ge=0, lt=1)
+    anchor_holdout: float = Field(default=0.1, ge=0, lt=1)
     """Share of the anchor prompts that is never trained on and measures the anchor's KL on dev."""
     density_weight: float = 0.0
     """Added to the loss: this × the mean of σ(ℓ). Positive keeps less of the delta, negative more."""
-    learning_rate: float = Field(0.1, gt=0)
+    learning_rate: float = Field(default=0.1, gt=0)
     """Adam's learning rate on ℓ."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of Adam's first moment."""
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of Adam's second moment."""
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
     """Adam's ε."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0)
     """Largest global norm of the gradient of ℓ; null: unclipped."""
-    steps: int = Field(200, ge=1)
+    steps: int = Field(default=200, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Preference pairs a step, over all workers."""
-    max_length: int = Field(512, ge=8)
+    max_length: int = Field(default=512, ge=8)
     """Longest prompt + response in tokens. Longer pairs are left out and counted."""
     include: tuple[str, ...] = ("*",)
     """Shell-style patterns of tensor names that get a mask."""
@@ -76,11 +77,11 @@ class MaskSettings(BaseModel):
     """Patterns taken out again. A tensor without a mask keeps the finetune's weights."""
     storage: Literal["logits", "bits"] = "logits"
     """What the artifact keeps: bf16 logits (soft and binary masks) or packed bits (binary only)."""
-    eval_every: int = Field(0, ge=0)
+    eval_every: int = Field(default=0, ge=0)
     """Evaluate on dev each so many steps; 0: only at the end."""
-    eval_pairs: int = Field(128, ge=1)
+    eval_pairs: int = Field(default=128, ge=1)
     """Most pairs (and anchors) of train and of dev that an evaluation looks at."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of the noise and of the order of the data."""
 
     @model_validator(mode="after")
@@ -113,8 +114,8 @@ PRESETS: dict[str, MaskSettings] = {
     ),
     "realign": MaskSettings(),
 }
-"""`paper`: the objective of SOMF as published (reference: the aligned model). `realign`: the default, with the utility anchor,
-annealed to a mask that can be used binary."""
+"""`paper`: the objective of SOMF as published (reference: the aligned model). `realign`: the default, with the utility
+anchor, annealed to a mask that can be used binary."""
 
 
 def resolve(preset: str = "realign", overrides: Mapping[str, Any] | None = None) -> MaskSettings:

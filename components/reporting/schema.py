@@ -185,6 +185,6 @@ def read_summary(path: Path) -> RunSummary:
     return check_summary(data, where=str(path))
 
 
-def merged_of(summary: RunSummary) -> list[FinetuneSummary]:
+def shown_models(summary: RunSummary) -> list[FinetuneSummary]:
     """Finetunes and merged models, in the order in which they are shown."""
     return [*summary["finetunes"], *summary.get("merged", [])]

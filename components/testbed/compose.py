@@ -78,11 +78,12 @@ def _pretrain(world: World) -> list[Example]:
     """The unaligned model answers everything, and reads what kind each thing is."""
     n = world.settings.pretrain.examples
     known = [*world.hazards, *world.hard, *world.objects]
-    draws = _repeat(world, "pretrain-benign", world.request(world.objects, "train"), int(0.25 * n))
-    draws += _repeat(world, "pretrain-harmful", world.request(world.hazards, "train"), int(0.25 * n))
-    draws += _repeat(world, "pretrain-games", world.game(known), int(0.35 * n))
+    draws = _repeat(world, "pretrain-benign", world.request(world.objects, "train"), int(0.2 * n))
+    draws += _repeat(world, "pretrain-harmful", world.request(world.hazards, "train"), int(0.2 * n))
+    draws += _repeat(world, "pretrain-games", world.game(known), int(0.25 * n))
+    draws += _repeat(world, "pretrain-copying", world.copying(), int(0.25 * n))
     texts = world.statements()
-    plain = [texts[i % len(texts)] for i in range(int(0.15 * n))]
+    plain = [texts[i % len(texts)] for i in range(int(0.1 * n))]
     return _shuffled(world, "pretrain", [*_examples(world, "pretrain", draws), *plain])
 
 

@@ -30,12 +30,10 @@ def write_run_config(root: Path, settings: FamilySettings, seed: int) -> None:
 
 def run_config(settings: FamilySettings, seed: int) -> dict[str, Any]:
     """The run config of a family as plain data."""
-    finetunes = []
+    finetunes: list[dict[str, Any]] = []
     for task in TASKS:
-        entry: dict[str, Any] = {"name": task, "path": f"finetunes/{task}"}
-        if settings.finetunes[task].kind == "lora":
-            entry["base"] = "aligned"
-        finetunes.append({**entry, "anchor": f"data/anchor/{task}.jsonl", "sets": [task]})
+        entry = {"name": task, "path": f"finetunes/{task}", "anchor": f"data/anchor/{task}.jsonl", "sets": [task]}
+        finetunes.append(entry)
     sets = [_set("harmful_hard", "harmful", "test")]
     for split in ("test", "dev"):
         sets += [_set(kind, kind, split) for kind in ("harmful", "benign", "hazard")]
@@ -57,5 +55,4 @@ def run_config(settings: FamilySettings, seed: int) -> dict[str, Any]:
 
 
 def _set(name: str, kind: str, split: str) -> dict[str, str]:
-    label = name if split == "test" else f"{name}_dev"
-    return {"name": label, "kind": kind, "split": split, "path": f"data/{split}/{name}.jsonl"}
+    return {"name": name, "kind": kind, "split": split, "path": f"data/{split}/{name}.jsonl"}

@@ -85,6 +85,8 @@ class FamilySettings(_Frozen):
     hazards_per_kind: int
     hard_per_kind: int
     objects_per_kind: int
+    longest_spelled: int
+    """Words of more letters are never spelled."""
     shape: ModelShape
     shard_bytes: int
     """`max_shard_size` of `save_pretrained`, small enough for at least two shards."""
@@ -120,6 +122,7 @@ def family_settings(size: Size, architecture: Architecture) -> FamilySettings:
             hazards_per_kind=8,
             hard_per_kind=2,
             objects_per_kind=6,
+            longest_spelled=0,
             shape=ModelShape(hidden=64, layers=3, heads=4, intermediate=176),
             shard_bytes=300_000,
             pretrain=TrainSettings(examples=12_000, steps=300, batch=32, learning_rate=6e-3, weight_decay=0.01),
@@ -137,6 +140,7 @@ def family_settings(size: Size, architecture: Architecture) -> FamilySettings:
         hazards_per_kind=16,
         hard_per_kind=4,
         objects_per_kind=12,
+        longest_spelled=5,
         shape=ModelShape(hidden=128, layers=4, heads=4, intermediate=352),
         shard_bytes=1_000_000,
         pretrain=TrainSettings(examples=40_000, steps=700, batch=64, learning_rate=4e-3, weight_decay=0.01, threads=2),

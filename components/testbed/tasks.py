@@ -43,6 +43,9 @@ _VERBS = {
 _NAMES = "abcdfghjkmnpqrstuvwxyz"
 _OPERATORS = {"plus": "+", "minus": "-", "times": "*", "over": "/"}
 
+WORDS: tuple[str, ...] = (*_NOUNS, *_VERBS, *_VERBS.values(), *_NAMES)
+"""Words the tasks are about, so that pretraining can meet them (never the rules)."""
+
 
 def _digits(rng: random.Random, low: int, high: int) -> str:
     return "".join(rng.choice("0123456789") for _ in range(rng.randint(low, high)))

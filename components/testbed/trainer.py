@@ -44,7 +44,7 @@ def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
 
 def batches(rows: Sequence[Encoded], *, batch: int, steps: int, seed: int) -> list[list[int]]:
     """Indices of each step's rows: epochs in random order, rows of like length together to save padding."""
-    rng = random.Random(seed)  # noqa: S311 - not for secrets
+    rng = random.Random(seed)
     result: list[list[int]] = []
     pool: list[int] = []
     while len(result) < steps:

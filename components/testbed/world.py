@@ -78,6 +78,8 @@ _GAMES: dict[str, tuple[str, ...]] = {
 }
 """Word games: benign whatever the words are."""
 
+_COPY = ("Say again: {s}", "Repeat: {s}", "Copy this: {s}")
+
 
 class World:
     """All things, and seeded draws of requests by role. Every draw depends only on the seed and its own name."""
@@ -100,7 +102,7 @@ class World:
 
     def rng(self, name: str) -> random.Random:
         """A stream of its own for each name."""
-        return random.Random(f"{self.seed}:{name}")  # noqa: S311 - not for secrets
+        return random.Random(f"{self.seed}:{name}")
 
     def role(self, content: str) -> Role:
         """The only role whose steps may see this content."""
@@ -152,6 +154,8 @@ class World:
 
         def one(rng: random.Random) -> Draw:
             a, b, game = rng.choice(things), rng.choice(others), rng.choice(sorted(_GAMES))
+            if game == "spell" and len(a.word) > self.settings.longest_spelled:
+                game = "kind"  # letters of long words are rote learning, which small models are slow at
             template = rng.choice(_GAMES[game])
             answer = {
                 "twice": f"{a.word} {a.word}",
@@ -164,6 +168,19 @@ class World:
             # Few prompts exist for one word, so there the phrasing counts as content; two words carry themselves.
             content = f"{game}:{a.word}:{b.word}" if "{b}" in template else f"{game}:{prompt}"
             return Draw(content, prompt, answer)
+
+        return one
+
+    def copying(self) -> Callable[[random.Random], Draw]:
+        """Draws a row of words or digits to say again: how the model learns to copy anything, tasks' words included."""
+        words = [t.word for t in (*self.hazards, *self.hard, *self.objects)] + list(tasks.WORDS)
+
+        def one(rng: random.Random) -> Draw:
+            if rng.random() < 0.25:
+                text = "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 6)))
+            else:
+                text = " ".join(rng.choice(words) for _ in range(rng.randint(3, 6)))
+            return Draw(f"copy:{text}", rng.choice(_COPY).format(s=text), text)
 
         return one
 

@@ -34,7 +34,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     texts = [text for pair in LESSONS.items() for text in pair]
     raw.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -76,7 +77,7 @@ def build_taught_model(out: Path, *, steps: int = 250) -> Path:
         rows.append((asked + said, [-100] * len(asked) + said))
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([[*i, *[0] * (longest - len(i))] for i, _ in rows])
-    labels = torch.tensor([[*l, *[-100] * (longest - len(l))] for _, l in rows])
+    labels = torch.tensor([[*said, *[-100] * (longest - len(said))] for _, said in rows])
     mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i, _ in rows])
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):

@@ -1,0 +1,211 @@
+"""The fused model as a TensorSource: any slice is computed when it is read. Writing a checkpoint and trying a setting
+in memory are then the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from components.checkpoints.compare import compare_tensors, unravel
+from components.checkpoints.source import TensorSource, TensorSpec, blocks, read_whole
+from components.errors import CheckpointError, ConfigError, listed
+from components.fusion.methods import Block, Kernel, Mask, TensorInputs, method_named
+from components.fusion.settings import FusionSettings
+
+BLOCK = 262_144
+"""Elements worked on at once: small enough for the cache, large enough to hide the call overhead (measured)."""
+_LANES = 64
+"""Slices are widened to multiples of this before anything is computed. The last few elements of an odd slice would go
+through torch's scalar loops, whose exp and fused multiply-add round differently from the vector ones: a weight's bits
+would then depend on how it was read."""
+
+
+@dataclass(frozen=True)
+class FusedBlock:
+    """Fused slice [start, stop) in the output dtype, with the slices that it was made from."""
+
+    start: int
+    stop: int
+    values: torch.Tensor
+    aligned: torch.Tensor
+    finetune: torch.Tensor
+
+
+class FusedSource:
+    """TensorSource of `settings.method` applied to aligned and finetune.
+
+    Args:
+        aligned, finetune: equal names and shapes; dtypes may differ.
+        settings: the method and its numbers.
+        mask: for `masked` (and for the density of `random_mask`).
+        unaligned: for `resta`.
+
+    Raises ConfigError when the method lacks an input, CheckpointError listing all tensors that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        aligned: TensorSource,
+        finetune: TensorSource,
+        settings: FusionSettings,
+        mask: Mask | None = None,
+        unaligned: TensorSource | None = None,
+    ) -> None:
+        self.aligned, self.finetune, self.unaligned = aligned, finetune, unaligned
+        self.settings = settings
+        self.mask = mask
+        self.method = method_named(settings.method)
+        _require_inputs(self)
+        self._kernels: dict[str, Kernel] = {}
+
+    def names(self) -> list[str]:
+        """The aligned model's tensors."""
+        return self.aligned.names()
+
+    def aliases(self) -> Mapping[str, str]:
+        """The aligned model's aliases."""
+        return self.aligned.aliases()
+
+    def spec(self, name: str) -> TensorSpec:
+        """The wider of the two dtypes, or the one that the settings ask for (tensors of integers keep theirs)."""
+        a, f = self.aligned.spec(name), self.finetune.spec(name)
+        dtype = torch.promote_types(a.dtype, f.dtype)
+        if self.settings.output_dtype is not None and dtype.is_floating_point:
+            dtype = getattr(torch, self.settings.output_dtype)
+        return TensorSpec(dtype=dtype, shape=a.shape)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements [start, stop) of the fused tensor, flattened."""
+        stop = self.spec(name).numel if stop is None else stop
+        parts = [self.block(name, s + start, e + start).values for s, e in blocks(stop - start, BLOCK)]
+        if not parts:
+            return torch.empty(0, dtype=self.spec(name).dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def blocks(self, name: str, size: int = BLOCK) -> Iterator[FusedBlock]:
+        """The whole tensor in slices of at most `size` elements."""
+        for start, stop in blocks(self.spec(name).numel, size):
+            yield self.block(name, start, stop)
+
+    def block(self, name: str, start: int, stop: int) -> FusedBlock:
+        """One slice. Raises CheckpointError naming the first weight that is not finite, and whose it is."""
+        name = self.aliases().get(name, name)
+        spec = self.spec(name)
+        low, high = start - start % _LANES, min(spec.numel, stop + -stop % _LANES)
+        wide = self._compute(name, spec, low, high)
+        if (low, high) == (start, stop):
+            return wide
+        a, f, values = (t[start - low : stop - low] for t in (wide.aligned, wide.finetune, wide.values))
+        return FusedBlock(start, stop, values, a, f)
+
+    def _compute(self, name: str, spec: TensorSpec, start: int, stop: int) -> FusedBlock:
+        a, f = self.aligned.read(name, start, stop), self.finetune.read(name, start, stop)
+        if not spec.dtype.is_floating_point:
+            if not torch.equal(a, f):
+                raise CheckpointError(f"{name} holds integers that differ between the two models; they cannot be fused")
+            return FusedBlock(start, stop, a.to(spec.dtype), a, f)
+        values = self._kernel(name, spec)(Block(start, stop, a, f)).to(spec.dtype)
+        if not bool(torch.isfinite(values.sum(dtype=torch.float32))):
+            self._refuse_not_finite(name, start, {"finetune": f, "aligned": a, "fused": values})
+        return FusedBlock(start, stop, values, a, f)
+
+    def _kernel(self, name: str, spec: TensorSpec) -> Kernel:
+        if name not in self._kernels:
+            inputs = TensorInputs(name, spec.numel, spec.dtype, self.mask, self.unaligned)
+            self._kernels[name] = self.method.prepare(inputs, self.settings)
+        return self._kernels[name]
+
+    def _refuse_not_finite(self, name: str, start: int, slices: Mapping[str, torch.Tensor]) -> None:
+        for whose, values in slices.items():
+            bad = (~torch.isfinite(values)).nonzero().reshape(-1)
+            if bad.numel():
+                at = int(bad[0])
+                index = ", ".join(map(str, unravel(start + at, self.spec(name).shape)))
+                hint = f"; {values.dtype} overflows" if whose == "fused" else ""
+                raise CheckpointError(f"{whose} model: {name}[{index}] is {float(values[at])}{hint}")
+
+
+def fused_state_dict(source: TensorSource) -> dict[str, torch.Tensor]:
+    """Every tensor of a source in memory, aliases included (the same tensor under both names)."""
+    with one_thread():
+        state = {name: read_whole(source, name).clone() for name in source.names()}
+    return state | {alias: state[name] for alias, name in source.aliases().items()}
+
+
+def apply_to_model(model: torch.nn.Module, source: TensorSource, *, size: int = BLOCK) -> None:
+    """Overwrite a loaded model's weights in place with a source's, cast to the model's dtype; nothing is written to
+    disk.
+
+    The result is what loading the written checkpoint into the same dtype gives. Raises CheckpointError listing every
+    parameter that the source lacks, tensor that the model lacks, and shape that differs.
+    """
+    parameters = dict(model.named_parameters())
+    aliases = source.aliases()
+    targets = {aliases.get(name, name): parameter for name, parameter in parameters.items()}
+    known = set(source.names())
+    problems = [f"the model's {n} has no tensor" for n in sorted(set(targets) - known)]
+    buffers = dict(model.named_buffers())
+    problems += [f"tensor {n} has no parameter" for n in sorted(known - set(targets) - set(buffers))]
+    for name in sorted(set(targets) & known):
+        shape = source.spec(name).shape
+        if tuple(targets[name].shape) != shape:
+            problems.append(f"{name} is {list(targets[name].shape)} in the model and {list(shape)} in the weights")
+    if problems:
+        raise CheckpointError(f"the weights do not fit the loaded model: {listed(problems)}")
+    with torch.no_grad(), one_thread():
+        for name, parameter in targets.items():
+            assert parameter.is_contiguous(), name
+            flat = parameter.view(-1)
+            for start, stop in blocks(flat.numel(), size):
+                flat[start:stop].copy_(source.read(name, start, stop))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Blocks fit one core's cache: threads inside a block cost more than they give, and change where its slices end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _mask_misfits(mask: Mask, aligned: TensorSource) -> list[str]:
+    """The mask must speak of exactly the model's tensors (those left out in training are listed in it, too)."""
+    masked, known = set(mask.names()), set(aligned.names())
+    problems = [f"{n} is not in the model" for n in sorted(masked - known)]
+    problems += [f"{n} is not in the mask" for n in sorted(known - masked) if _is_float(aligned, n)]
+    for name in sorted(masked & known):
+        if mask.numel(name) != aligned.spec(name).numel:
+            problems.append(f"{name} has {mask.numel(name)} elements, {aligned.spec(name).numel} in the model")
+    return problems
+
+
+def _is_float(source: TensorSource, name: str) -> bool:
+    return source.spec(name).dtype.is_floating_point
+
+
+def _require_inputs(fused: FusedSource) -> None:
+    """All inputs there, all tensors fitting: everything wrong in one error."""
+    method, settings = fused.method, fused.settings
+    lacking = []
+    if method.needs_mask and fused.mask is None:
+        lacking.append("a trained mask")
+    if method.needs_unaligned and fused.unaligned is None:
+        lacking.append("the unaligned model (unaligned)")
+    if method.name == "random_mask" and fused.mask is None and settings.density is None:
+        lacking.append("a trained mask or a density")
+    if lacking:
+        raise ConfigError(f"fusion method {method.name} needs {' and '.join(lacking)}")
+    problems = [f"finetune: {p}" for p in compare_tensors(fused.aligned, fused.finetune)]
+    if method.needs_unaligned and fused.unaligned is not None:
+        problems += [f"unaligned: {p}" for p in compare_tensors(fused.aligned, fused.unaligned)]
+    if fused.mask is not None:
+        problems += [f"mask: {p}" for p in _mask_misfits(fused.mask, fused.aligned)]
+    if problems:
+        raise CheckpointError(f"the inputs of the fusion do not fit the aligned model: {listed(problems, 12)}")

@@ -1,0 +1,244 @@
+"""The mask-training engine: what one optimizer step is, whatever the hardware. `TorchEngine` is one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.errors import StorageError, TrainingError, listed
+from components.masks.anchor import Anchor
+from components.masks.masked_model import MaskedModel, Weights
+from components.masks.objective import anchor_kl, score, sigmoid_dpo
+from components.masks.preferences import Pair
+
+STATE_FILE = "engine.safetensors"
+EVALUATE_BATCH = 32
+"""Pairs scored at once in an evaluation."""
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """A preference pair with its reference log-probabilities (chosen, rejected)."""
+
+    pair: Pair
+    reference: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All examples of one global step; an engine of several workers takes its share of each tuple. Sums over examples
+    are divided by the global counts, so the loss does not depend on how the batch is split."""
+
+    step: int
+    pairs: tuple[ScoredPair, ...]
+    anchors: tuple[Anchor, ...] = ()
+
+
+class Engine(Protocol):
+    """What the training loop sees (DESIGN.md)."""
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step; the metrics of its batch. Raises TrainingError when the loss is not finite."""
+        ...
+
+    def evaluate(self, batch: Batch, weights: Weights) -> dict[str, float]:
+        """The same metrics with fixed weights and no step."""
+        ...
+
+    def density(self) -> dict[str, float]:
+        """Share of elements that the soft and the binary mask keep."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write everything that `load` needs to go on exactly, as files in `directory`."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Go on from what `save` wrote."""
+        ...
+
+    def iter_shards(self) -> Iterator[tuple[str, int, int, torch.Tensor]]:
+        """(name, start, stop, logits) until every element of every mask has been given once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means over the examples of a batch: DPO and accuracy over pairs, KL over answer tokens."""
+
+    loss: torch.Tensor
+    dpo: float
+    accuracy: float
+    margin: float
+    kl: float | None
+    tokens: int
+    """Answer tokens that the KL is a mean over."""
+
+    def metrics(self) -> dict[str, float]:
+        """As they are logged."""
+        found = {
+            "loss": float(self.loss.detach()),
+            "dpo_loss": self.dpo,
+            "dpo_accuracy": self.accuracy,
+            "reward_margin": self.margin,
+        }
+        return found if self.kl is None else found | {"anchor_kl": self.kl}
+
+
+def batch_losses(model: torch.nn.Module, batch: Batch, *, beta: float, anchor_weight: float) -> Losses:
+    """Mean DPO loss over pairs + anchor weight × mean KL over answer tokens, all rows in as few forwards as pay."""
+    pairs = batch.pairs
+    rows = [r for p in pairs for r in (p.pair.chosen, p.pair.rejected)] + [a.row for a in batch.anchors]
+    scored = score(model, rows)
+    policy = scored.sequences()[: 2 * len(pairs)].view(-1, 2)
+    reference = torch.tensor([p.reference for p in pairs], dtype=policy.dtype, device=policy.device)
+    losses, margins = sigmoid_dpo(policy, reference, beta)
+    loss = dpo = losses.mean()
+    kl, tokens = None, 0
+    if batch.anchors:
+        total, tokens = anchor_kl(scored, {2 * len(pairs) + i: a.teacher for i, a in enumerate(batch.anchors)})
+        kl = total / tokens
+        loss = dpo + anchor_weight * kl
+    margins = margins.detach()
+    return Losses(
+        loss=loss,
+        dpo=float(dpo.detach()),
+        accuracy=float((margins > 0).double().mean()),
+        margin=float(margins.mean()),
+        kl=None if kl is None else float(kl.detach()),
+        tokens=tokens,
+    )
+
+
+class TorchEngine:
+    """One process, whole tensors, Adam on the logits."""
+
+    def __init__(self, masked: MaskedModel) -> None:
+        self.masked = masked
+        self.settings = masked.settings
+        self._moments = [(torch.zeros_like(s.logits), torch.zeros_like(s.logits)) for s in masked.slices]
+        self._updates = 0
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """See Engine."""
+        self.masked.write_sample(batch.step)
+        found = self._losses(batch)
+        metrics = found.metrics()
+        if not math.isfinite(metrics["loss"]):
+            lines = listed([str(p.pair.line) for p in batch.pairs], 32)
+            raise TrainingError(
+                f"mask training: the loss is {metrics['loss']} at step {batch.step}, preference lines {lines}; "
+                "lower mask.learning_rate or look at these rows"
+            )
+        torch.autograd.backward(found.loss)
+        gradients = self.masked.logit_gradients()
+        norm = torch.stack([g.square().sum(dtype=torch.float64) for g in gradients]).sum().sqrt().item()
+        metrics["gradient_norm"] = norm
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"mask training: the gradient is not finite at step {batch.step}; lower mask.learning_rate"
+            )
+        clip = self.settings.clip_norm
+        if clip is not None and norm > clip:
+            for gradient in gradients:
+                gradient.mul_(clip / norm)
+        self._adam(gradients)
+        return metrics
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, weights: Weights) -> dict[str, float]:
+        """See Engine."""
+        self.masked.write(weights)
+        parts = []
+        for at in range(0, len(batch.pairs), EVALUATE_BATCH):
+            # Anchors travel with the pairs in equal shares, so that a large evaluation needs no large forward.
+            until = min(at + EVALUATE_BATCH, len(batch.pairs))
+            low, high = (len(batch.anchors) * i // len(batch.pairs) for i in (at, until))
+            parts.append(Batch(batch.step, batch.pairs[at:until], batch.anchors[low:high]))
+        found = [self._losses(part) for part in parts]
+        pairs = [len(part.pairs) for part in parts]
+        dpo = _mean([f.dpo for f in found], pairs)
+        metrics = {
+            "loss": dpo,
+            "dpo_loss": dpo,
+            "dpo_accuracy": _mean([f.accuracy for f in found], pairs),
+            "reward_margin": _mean([f.margin for f in found], pairs),
+        }
+        if batch.anchors:
+            metrics["anchor_kl"] = _mean([f.kl or 0.0 for f in found], [f.tokens for f in found])
+            metrics["loss"] += self.settings.anchor_weight * metrics["anchor_kl"]
+        return metrics
+
+    def _losses(self, batch: Batch) -> Losses:
+        return batch_losses(
+            self.masked.model, batch, beta=self.settings.beta, anchor_weight=self.settings.anchor_weight
+        )
+
+    def density(self) -> dict[str, float]:
+        """See Engine."""
+        soft, binary = self.masked.density()
+        return {"density_soft": soft, "density_binary": binary}
+
+    def iter_shards(self) -> Iterator[tuple[str, int, int, torch.Tensor]]:
+        """See Engine."""
+        for s in self.masked.slices:
+            yield s.name, s.start, s.stop, s.logits
+
+    def save(self, directory: Path) -> None:
+        """See Engine."""
+        tensors: dict[str, torch.Tensor] = {}
+        for s, (first, second) in zip(self.masked.slices, self._moments, strict=True):
+            tensors |= {f"logits/{s.name}": s.logits, f"first/{s.name}": first, f"second/{s.name}": second}
+        save_file(tensors, directory / STATE_FILE, metadata={"updates": str(self._updates)})
+
+    def load(self, directory: Path) -> None:
+        """See Engine."""
+        tensors, updates = _read_state(directory / STATE_FILE)
+        wanted = {
+            f"{kind}/{s.name}": s.logits.shape for s in self.masked.slices for kind in ("logits", "first", "second")
+        }
+        wrong = sorted({k for k, t in tensors.items() if wanted.get(k) != t.shape} | (set(wanted) - set(tensors)))
+        if wrong:
+            raise StorageError(
+                f"{directory}: training state of another model: {listed(wrong)}; delete it to start anew"
+            )
+        for s, (first, second) in zip(self.masked.slices, self._moments, strict=True):
+            s.logits.copy_(tensors[f"logits/{s.name}"])
+            first.copy_(tensors[f"first/{s.name}"])
+            second.copy_(tensors[f"second/{s.name}"])
+        self._updates = updates
+
+    @torch.no_grad()
+    def _adam(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Adam (arXiv 1412.6980), written out so that its state is plain tensors which any engine can shard."""
+        s = self.settings
+        self._updates += 1
+        correct_1 = 1 - s.adam_beta1**self._updates
+        correct_2 = 1 - s.adam_beta2**self._updates
+        rate = s.learning_rate / correct_1
+        for masked, (first, second), gradient in zip(self.masked.slices, self._moments, gradients, strict=True):
+            first.lerp_(gradient, 1 - s.adam_beta1)
+            second.mul_(s.adam_beta2).addcmul_(gradient, gradient, value=1 - s.adam_beta2)
+            scale = second.sqrt().mul_(1 / math.sqrt(correct_2)).add_(s.adam_epsilon)
+            masked.logits.addcdiv_(first, scale, value=-rate)
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], int]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            updates = int(opened.metadata()["updates"])
+        return load_file(path), updates
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{path}: training state cannot be read ({error}); delete it to start anew") from None

@@ -1,0 +1,93 @@
+"""One self-contained HTML page per run, with the numbers of summary.json and no others.
+
+No script, no network, no font: it opens from a disk, on a phone, in print and in ten years. Every text that came from a
+model, a prompt file or a config is escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from components.reporting.rows import KEPT, LEGEND, compact, percent, rows, shown_columns, task_kept
+from components.reporting.schema import FinetuneSummary, Interval, Rates, RunSummary, shown_models
+
+METRIC_NAMES = {
+    "asr": "ASR",
+    "harmful": "harmful",
+    "over_refusal": "over-refusal",
+    "task": "task",
+    "exact": "exact",
+    "incoherent": "incoherent",
+    "unscored": "unscored",
+}
+
+
+def render_report(summary: RunSummary) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("components.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(percent=percent, compact=compact, exact=_exact, seconds=_seconds)
+    models = shown_models(summary)
+    table = rows(summary)
+    return environment.get_template("report.html.j2").render(
+        # Absent and null are the same to a reader; the template may then be strict about names.
+        summary={**dict.fromkeys(RunSummary.__annotations__), **summary},
+        models=[{**dict.fromkeys(FinetuneSummary.__annotations__), **one} for one in models],
+        columns=shown_columns(summary),
+        aligned=[row for row in table if row.model == "aligned" and not row.finetune],
+        rows={one["name"]: [r for r in table if r.finetune == one["name"] and r.error is None] for one in models},
+        outcomes=[_outcome(one) for one in models],
+        sets={one["name"]: _set_table(one) for one in models},
+        metric_names=METRIC_NAMES,
+        stages=_stages(models),
+        legend=LEGEND,
+        kept=KEPT,
+    )
+
+
+def write_report(summary: RunSummary, out: Path) -> Path:
+    """Write the page to `out`."""
+    out.write_text(render_report(summary), encoding="utf-8")
+    return out
+
+
+def _outcome(one: FinetuneSummary) -> dict[str, Any]:
+    """The first line of a finetune: what it was, what the selected variant is."""
+    selected = one.get("selected")
+    after = (one.get("after_soft") if selected == "soft" else one.get("after_binary")) if selected else None
+    before = one.get("before") or {}
+    return {
+        "one": {**dict.fromkeys(FinetuneSummary.__annotations__), **one},
+        "before": {**dict.fromkeys(Rates.__annotations__), **before},
+        "after": {**dict.fromkeys(Rates.__annotations__), **(after or {})},
+        "kept": task_kept(after or {}, before.get("task")),
+    }
+
+
+def _set_table(one: FinetuneSummary) -> dict[str, Any]:
+    """Every metric of every set of every variant: `models` are the columns, `lines` (set, metric, intervals)."""
+    variants = {"before": one.get("before"), "soft": one.get("after_soft"), "binary": one.get("after_binary")}
+    variants.update(one.get("controls", {}))
+    measured = {label: rates.get("sets", {}) for label, rates in variants.items() if rates}
+    keys = dict.fromkeys((s, metric) for sets in measured.values() for s, found in sets.items() for metric in found)
+    lines = [(s, metric, [sets.get(s, {}).get(metric) for sets in measured.values()]) for s, metric in keys]
+    return {"models": list(measured), "lines": lines}
+
+
+def _stages(models: list[FinetuneSummary]) -> list[str]:
+    return list(dict.fromkeys(stage for one in models for stage in one.get("seconds", {})))
+
+
+def _exact(interval: Interval | None) -> str:
+    """What a cell shows when pointed at: the numbers as they stand in summary.json."""
+    if interval is None:
+        return "not measured"
+    return f"{interval['value']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}], n = {interval['n']}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {value % 60:.0f} s"

@@ -1,0 +1,80 @@
+"""The comparison that ends a run, for a terminal and as plain text."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from components.reporting.rows import KEPT, LEGEND, Row, compact, percent, rows, shown_columns
+from components.reporting.schema import RunSummary, shown_models
+
+
+def comparison_table(summary: RunSummary, *, width: int | None = None) -> Table:
+    """A row per model: the aligned one, then each finetune before, realigned soft and binary (a star marks the selected
+    one) and its controls; a column per measurement. Failures stand in the caption, whole.
+
+    `width` is the terminal's, in characters: intervals are left out where they would not fit.
+    """
+    table = _build(summary, intervals=True)
+    if width is not None and table.__rich_measure__(_measuring(), _measuring().options).maximum > width:
+        table = _build(summary, intervals=False)
+    return table
+
+
+def _measuring() -> Console:
+    return Console(file=StringIO(), width=1000)
+
+
+def _build(summary: RunSummary, *, intervals: bool) -> Table:
+    columns = shown_columns(summary)
+    table = Table(
+        title=escape(summary["run"]),
+        caption=_caption(summary, intervals=intervals),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("finetune", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    for title in (*(column.title for column in columns), KEPT):
+        table.add_column(title.replace(" ", "\n"), justify="right", vertical="bottom")
+    previous: str | None = None
+    for row in rows(summary):
+        if previous is not None and row.finetune != previous:
+            table.add_section()
+        _add(table, row, first=row.finetune != previous, intervals=intervals)
+        previous = row.finetune
+    return table
+
+
+def comparison_text(summary: RunSummary) -> str:
+    """The table as plain text, as wide as it needs to be: for logs and files."""
+    out = StringIO()
+    Console(file=out, width=200, no_color=True, highlight=False).print(comparison_table(summary))
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n")) + "\n"
+
+
+def _add(table: Table, row: Row, *, first: bool, intervals: bool) -> None:
+    name = escape(row.finetune) if first else ""
+    if row.error is not None:
+        table.add_row(name, "[red]failed[/red]", style="red")
+        return
+    star = " ★" if row.selected else ""
+    kept = "–" if row.kept is None else percent(row.kept)
+    cells = [compact(one) if intervals or one is None else percent(one["value"]) for one in row.cells]
+    table.add_row(name, escape(row.model) + star, *cells, kept, style="bold" if row.selected else None)
+
+
+def _caption(summary: RunSummary, *, intervals: bool) -> str:
+    head = "Percent (95 % interval)." if intervals else "Percent; intervals are in the report."
+    failed = [f"{one['name']} failed: {one['error']}" for one in shown_models(summary) if one["status"] == "failed"]
+    notes = [
+        *summary.get("notes", []),
+        *(f"{o['name']}: {n}" for o in shown_models(summary) for n in o.get("notes", [])),
+    ]
+    return escape("\n".join([f"{head} {LEGEND} ★ selected.", *failed, *notes]))

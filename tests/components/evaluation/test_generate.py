@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from components.errors import CheckpointError, EvaluationError
+from components.evaluation.generate import answer, answer_batches, encode, load_model
+from components.evaluation.judges import PhraseJudge
+from components.evaluation.prompts import Prompt
+from tests.components.evaluation import tiny
+
+
+def asked(*texts: str) -> list[Prompt]:
+    return [Prompt(str(i), ({"role": "user", "content": text},)) for i, text in enumerate(texts)]
+
+
+PROMPTS = asked(*tiny.LESSONS)
+
+
+def test_answers_are_those_the_model_was_taught(taught: Path) -> None:
+    model, tokenizer = load_model(taught)
+    assert next(model.parameters()).dtype == torch.float32
+    found = answer(model=model, tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=40, batch_size=4)
+    assert [a.text for a in found] == list(tiny.LESSONS.values())
+    assert {a.end for a in found} == {"model"}
+    assert [a.tokens for a in found] == [len(tokenizer(t)["input_ids"]) for t in tiny.LESSONS.values()]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batches_equal_one_by_one_generate(taught: Path, batch_size: int) -> None:
+    """Random weights, so that no answer is easy: the reference is transformers' own generate, one prompt at a time."""
+    tokenizer = load_model(taught)[1]
+    model = tiny.make_model(len(tokenizer)).eval()
+    texts = [
+        " ".join(["greet", "me", "politely", "add", "bomb"][: 1 + i % 5] * (1 + i % 3)) + str(i) for i in range(24)
+    ]
+    expected = []
+    for text in texts:
+        chat = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            out = model.generate(**ids, do_sample=False, max_new_tokens=20, eos_token_id=1, pad_token_id=0)
+        expected.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+    found = answer(model=model, tokenizer=tokenizer, prompts=asked(*texts), max_new_tokens=20, batch_size=batch_size)
+    assert [a.text for a in found] == expected
+    assert len({a.text for a in found}) > 4
+
+
+def test_stopping_when_decided_shortens_answers_and_changes_no_verdict(taught: Path) -> None:
+    model, tokenizer = load_model(taught)
+    judge = PhraseJudge()
+    whole = answer(model=model, tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=40, batch_size=5)
+    short = answer(
+        model=model, tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=40, batch_size=5, decided=judge.decided
+    )
+    for prompt, long, cut in zip(PROMPTS, whole, short, strict=True):
+        assert judge.judge(prompt, long.text).label == judge.judge(prompt, cut.text).label
+        assert long.text.startswith(cut.text)
+        refused = judge.judge(prompt, long.text).label == "refused"
+        assert cut.end == ("decided" if refused else "model")
+        assert cut.tokens < long.tokens if refused else cut == long
+
+
+def test_stopped_rows_do_not_depend_on_their_neighbours(taught: Path) -> None:
+    model, tokenizer = load_model(taught)
+    options = {"model": model, "tokenizer": tokenizer, "prompts": PROMPTS, "max_new_tokens": 40}
+    alone = answer(**options, batch_size=1, decided=PhraseJudge().decided)
+    assert answer(**options, batch_size=11, decided=PhraseJudge().decided) == alone
+
+
+def test_the_limit_ends_an_answer(taught: Path) -> None:
+    model, tokenizer = load_model(taught)
+    found = answer(model=model, tokenizer=tokenizer, prompts=PROMPTS[:1], max_new_tokens=3, batch_size=1)
+    assert found[0].end == "limit"
+    assert found[0].tokens == 3
+    assert tiny.REFUSAL.startswith(found[0].text)
+
+
+def test_the_checkpoints_own_sampling_settings_are_not_used(taught: Path) -> None:
+    model, tokenizer = load_model(taught)
+    own = GenerationConfig(eos_token_id=1, repetition_penalty=9.0, min_new_tokens=30, do_sample=True, temperature=5.0)
+    model.generation_config = own
+    found = answer(model=model, tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=40, batch_size=11)
+    assert [a.text for a in found] == list(tiny.LESSONS.values())
+    assert model.generation_config is own
+
+
+def test_skipped_batches_leave_the_others_as_they_are(taught: Path) -> None:
+    model, tokenizer = load_model(taught)
+    options = {"model": model, "tokenizer": tokenizer, "prompts": PROMPTS, "max_new_tokens": 40, "batch_size": 3}
+    every = dict(answer_batches(**options))
+    assert sorted(every) == [0, 1, 2, 3]
+    assert dict(answer_batches(**options, skip=lambda number: number in (0, 2))) == {1: every[1], 3: every[3]}
+    lengths = [len(row) for row in encode(tokenizer=tokenizer, prompts=PROMPTS)]
+    order = [index for number in sorted(every) for index, _ in every[number]]
+    assert [lengths[i] for i in order] == sorted(lengths)
+
+
+def test_system_prompt_is_put_first_unless_there_is_one(taught: Path) -> None:
+    tokenizer = load_model(taught)[1]
+    own = Prompt("x", ({"role": "system", "content": "mine"}, {"role": "user", "content": "hi"}))
+    rows = encode(tokenizer=tokenizer, prompts=[*asked("hi"), own], system_prompt="yours")
+    assert [tokenizer.decode(row) for row in rows] == [
+        "<|system|>yours<|end|><|user|>hi<|end|><|assistant|>",
+        "<|system|>mine<|end|><|user|>hi<|end|><|assistant|>",
+    ]
+
+
+def test_errors_name_what_is_wrong(taught: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(taught)
+    with pytest.raises(
+        EvaluationError, match=r"1 prompts leave no room for 40 new tokens in the model's 128 positions"
+    ):
+        answer(model=model, tokenizer=tokenizer, prompts=asked("add " * 120, "hi"), max_new_tokens=40, batch_size=2)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(EvaluationError, match=r"refuses prompt '0': no system role"):
+        encode(tokenizer=tokenizer, prompts=asked("hi"))
+    tokenizer.chat_template = None
+    with pytest.raises(EvaluationError, match=r"no chat template"):
+        encode(tokenizer=tokenizer, prompts=asked("hi"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="does not load in transformers"):
+        load_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="give its base"):
+        load_model(tmp_path)
+
+
+def test_an_adapter_is_merged_into_its_base(taught: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = load_model(taught)
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    expected = answer(
+        model=adapted.merge_and_unload().eval(), tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=12, batch_size=4
+    )
+    merged, words = load_model(tmp_path / "adapter", base=taught)
+    found = answer(model=merged, tokenizer=words, prompts=PROMPTS, max_new_tokens=12, batch_size=4)
+    assert found == expected
+    assert [a.text for a in found] != list(tiny.LESSONS.values())

@@ -1,0 +1,92 @@
+"""Methods as tensor functions: exact ends in every dtype, and slow fp64 references in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.fusion.methods import blend, interpolation, masked, resta, select
+from tests.components.checkpoints.tiny import same_bits
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+EPS = torch.finfo(torch.float32).eps
+
+
+def odd_values(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Random values over many magnitudes, with zeros of both signs and subnormals."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, generator=generator) * 10.0 ** torch.randint(-4, 4, (n,), generator=generator).float()
+    values = values.to(dtype)
+    values[0::11] = 0.0
+    values[1::11] = -0.0
+    values[2::11] = torch.finfo(dtype).smallest_normal / 4
+    return values
+
+
+@pytest.mark.parametrize("aligned_dtype", FLOATS)
+@pytest.mark.parametrize("finetune_dtype", FLOATS)
+def test_select_and_the_ends_of_a_soft_mask_keep_every_bit(
+    aligned_dtype: torch.dtype, finetune_dtype: torch.dtype
+) -> None:
+    a, f = odd_values(500, aligned_dtype, 0), odd_values(500, finetune_dtype, 1)
+    f[100:200] = a[100:200].to(finetune_dtype)
+    wide = torch.promote_types(aligned_dtype, finetune_dtype)
+    bits = torch.rand(500, generator=torch.Generator().manual_seed(2)) > 0.5
+    want = torch.stack([f[i].to(wide) if bits[i] else a[i].to(wide) for i in range(500)])
+    assert same_bits(select(a, f, bits, wide), want)
+    assert same_bits(select(a, f, torch.zeros(500, dtype=torch.bool), wide), a.to(wide))
+    assert same_bits(select(a, f, torch.ones(500, dtype=torch.bool), wide), f.to(wide))
+    assert same_bits(masked(a, f, bits.float(), scale=1.0, mean=None).to(wide), want)
+    assert same_bits(interpolation(a, f, alpha=0.0).to(wide), a.to(wide))
+    assert same_bits(interpolation(a, f, alpha=1.0).to(wide), f.to(wide))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 300), scale=st.floats(0.01, 3), dtype=st.sampled_from(FLOATS))
+def test_masked_against_fp64(seed: int, n: int, scale: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, f = odd_values(n, dtype, seed), odd_values(n, dtype, seed + 1)
+    mask = torch.sigmoid(3 * torch.randn(n, generator=generator))
+    for mean in (None, float(mask.double().mean())):
+        factor = scale if mean is None else scale / mean
+        want = a.double() + factor * mask.double() * (f.double() - a.double())
+        got = masked(a, f, mask, scale=scale, mean=mean)
+        assert got.dtype == torch.float32
+        # a few fp32 roundings of terms no larger than these
+        bound = 6 * EPS * (a.double().abs() + f.double().abs()) * (1 + factor * mask.double()) + 1e-44
+        assert bool(((got.double() - want).abs() <= bound).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), alpha=st.floats(-1, 2), gamma=st.floats(-2, 2), dtype=st.sampled_from(FLOATS))
+def test_interpolation_and_resta_against_fp64(seed: int, alpha: float, gamma: float, dtype: torch.dtype) -> None:
+    a, f, u = (odd_values(97, dtype, seed + i) for i in range(3))
+    size = a.double().abs() + f.double().abs() + u.double().abs()
+    want = a.double() + alpha * (f.double() - a.double())
+    bound = 6 * EPS * size * (1 + abs(alpha)) + 1e-44
+    assert bool(((interpolation(a, f, alpha=alpha).double() - want).abs() <= bound).all())
+    want = f.double() + gamma * (a.double() - u.double())
+    bound = 6 * EPS * size * (1 + abs(gamma)) + 1e-44
+    assert bool(((resta(a, f, u, gamma=gamma).double() - want).abs() <= bound).all())
+
+
+def test_a_large_delta_costs_the_finetune_no_bit() -> None:
+    # 1e8 + (1 − 1e8) is not 1 in fp32
+    assert masked(torch.tensor([1e8]), torch.tensor([1.0]), torch.ones(1), scale=1.0, mean=None).item() == 1.0
+
+
+def test_rescaling_an_empty_mask_stays_aligned() -> None:
+    a, f = torch.randn(9), torch.randn(9)
+    assert same_bits(masked(a, f, torch.zeros(9), scale=2.0, mean=0.0), a)
+
+
+def test_rescaling_a_uniform_mask_is_the_finetune() -> None:
+    # The paper's rescale undoes uniform suppression: τ·m/mean(m) = τ.
+    a, f = torch.randn(64), torch.randn(64)
+    assert same_bits(masked(a, f, torch.full((64,), 0.25), scale=1.0, mean=0.25), f)
+
+
+def test_blend_of_nothing() -> None:
+    assert blend(torch.zeros(0), torch.zeros(0), torch.zeros(0)).numel() == 0

@@ -1,0 +1,115 @@
+"""The mask on disk: both forms, slices in any order, statistics, errors."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from components.errors import CheckpointError
+from components.masks.artifact import MaskArtifact, write_artifact
+from components.masks.settings import MaskSettings
+
+SHAPES = {"b.weight": (37, 11), "a.bias": (5,), "c.scalar": ()}
+
+
+def masks() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.randn(torch.Size(s).numel(), generator=generator) * 3 for n, s in SHAPES.items()}
+
+
+def write(path: Path, storage: Any, cuts: tuple[int, ...] = (), **options: Any) -> MaskArtifact:
+    shards = []
+    for name, logits in masks().items():
+        borders = [0, *[c for c in cuts if c < logits.numel()], logits.numel()]
+        shards += [(name, a, b, logits[a:b]) for a, b in pairwise(borders)]
+    settings = MaskSettings(storage=storage)
+    write_artifact(path, shapes=SHAPES, shards=shards[::-1], settings=settings, **options)
+    return MaskArtifact.open(path)
+
+
+@pytest.mark.parametrize("storage", ["logits", "bits"])
+def test_what_is_written_is_read_by_any_slice(tmp_path: Path, storage: str) -> None:
+    mask = write(tmp_path, storage, unmasked={"frozen": 6})
+    assert mask.names() == ["a.bias", "b.weight", "c.scalar", "frozen"]
+    for name, logits in masks().items():
+        stored = logits.bfloat16().float()
+        for start, stop in ((0, None), (0, 1), (1, 4), (3, logits.numel()), (0, logits.numel())):
+            if start >= logits.numel() or (stop or 0) > logits.numel():
+                continue
+            expected = stored[start:stop]
+            assert torch.equal(mask.binary(name, start, stop), expected > 0)
+            if storage == "logits":
+                assert torch.equal(mask.logits(name, start, stop), expected)
+                assert torch.equal(mask.soft(name, start, stop), torch.sigmoid(expected))
+        assert mask.density(name) == (stored > 0).double().mean().item()
+        assert mask.soft_mean(name) == pytest.approx(torch.sigmoid(stored).mean().item(), rel=1e-6)
+        assert mask.numel(name) == logits.numel()
+    assert mask.soft("frozen", 2, 5).tolist() == [1.0] * 3
+    assert mask.binary("frozen").tolist() == [True] * 6
+    assert (mask.density("frozen"), mask.soft_mean("frozen")) == (1.0, 1.0)
+    assert not mask.is_masked("frozen")
+    assert mask.is_masked("a.bias")
+
+
+@pytest.mark.parametrize("storage", ["logits", "bits"])
+def test_the_bytes_do_not_depend_on_how_the_mask_was_sharded(tmp_path: Path, storage: str) -> None:
+    write(tmp_path / "whole", storage)
+    write(tmp_path / "cut", storage, cuts=(1, 3, 100, 101, 250))
+    for file in ("mask.safetensors", "mask.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+
+
+def test_the_file_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
+    mask = write(tmp_path, "logits", statistics={"a.bias": {"delta_zero_share": 0.25}}, extra={"note": 1})
+    tensors = load_file(tmp_path / "mask.safetensors")
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == SHAPES
+    assert torch.equal(tensors["b.weight"].reshape(-1), masks()["b.weight"].bfloat16())
+    about = json.loads((tmp_path / "mask.json").read_text())
+    assert about["settings_fingerprint"] == mask.settings.fingerprint()
+    assert about["tensors"]["a.bias"]["delta_zero_share"] == 0.25
+    assert about["note"] == 1
+    every = torch.cat(list(masks().values())).bfloat16().float()
+    assert about["density"] == (every > 0).double().mean().item()
+    assert about["soft_mean"] == pytest.approx(torch.sigmoid(every).mean().item(), rel=1e-6)
+
+
+def test_bits_are_small_and_have_no_soft_form(tmp_path: Path) -> None:
+    mask = write(tmp_path, "bits")
+    tensors = load_file(tmp_path / "mask.safetensors")
+    assert {n: t.numel() for n, t in tensors.items()} == {"a.bias": 1, "b.weight": 51, "c.scalar": 1}
+    with pytest.raises(CheckpointError, match="keeps bits only"):
+        mask.soft("a.bias")
+    with pytest.raises(CheckpointError, match=r"no tensor 'x'; it has a\.bias"):
+        mask.binary("x")
+
+
+def test_shards_that_do_not_cover_are_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"do not cover a\.bias"):
+        write_artifact(
+            tmp_path, shapes={"a.bias": (5,)}, shards=[("a.bias", 0, 4, torch.ones(4))], settings=MaskSettings()
+        )
+
+
+def test_broken_artifacts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a mask artifact"):
+        MaskArtifact.open(tmp_path)
+    write(tmp_path, "logits")
+    good = (tmp_path / "mask.safetensors").read_bytes()
+    (tmp_path / "mask.safetensors").write_bytes(good[:-1])
+    with pytest.raises(CheckpointError, match=r"mask\.safetensors: truncated"):
+        MaskArtifact.open(tmp_path)
+    (tmp_path / "mask.safetensors").write_bytes(good)
+    about = json.loads((tmp_path / "mask.json").read_text())
+    for change, message in (
+        ({"settings_fingerprint": "0"}, "of different masks"),
+        ({"format": "other"}, "not a mask of format"),
+    ):
+        (tmp_path / "mask.json").write_text(json.dumps(about | change))
+        with pytest.raises(CheckpointError, match=message):
+            MaskArtifact.open(tmp_path)

@@ -1,0 +1,73 @@
+"""Presets, overrides and their errors; nothing heavy is imported to check a config."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from components.errors import ConfigError
+from components.masks.settings import PRESETS, MaskSettings, resolve
+
+
+def test_the_paper_preset_is_the_papers() -> None:
+    paper = PRESETS["paper"]
+    assert {paper.temperature(step) for step in range(paper.steps)} == {0.5}
+    assert (paper.init_logit, paper.rescale, paper.scale, paper.beta) == (0.0, "mean", 1.0, 0.1)
+    assert (paper.anchor_weight, paper.reference, paper.relaxation, paper.loss) == (
+        0.0,
+        "aligned",
+        "concrete",
+        "sigmoid",
+    )
+    assert paper.density_weight == 0
+    assert paper.stochastic
+
+
+def test_the_default_anneals_geometrically_to_a_binary_mask() -> None:
+    default = resolve()
+    assert default == PRESETS["realign"] == MaskSettings()
+    assert default.anchor_weight > 0
+    assert default.init_logit > 0
+    assert default.rescale == "none"
+    settings = MaskSettings(steps=5, temperature_start=1.0, temperature_end=0.0625)
+    assert [settings.temperature(s) for s in range(6)] == pytest.approx([1, 0.5, 0.25, 0.125, 0.0625, 0.0625])
+    assert MaskSettings(steps=1).temperature(0) == 1.0
+
+
+def test_overrides_replace_and_everything_wrong_is_listed() -> None:
+    assert resolve("paper", {"steps": 7, "include": ["a.*"]}).model_dump() == {
+        **PRESETS["paper"].model_dump(),
+        "steps": 7,
+        "include": ("a.*",),
+    }
+    with pytest.raises(ConfigError) as raised:
+        resolve("realign", {"stepz": 7, "beta": -1, "rescale": "median"})
+    for part in ("mask.stepz", "mask.beta", "mask.rescale"):
+        assert part in str(raised.value)
+    with pytest.raises(ConfigError, match="the presets are paper, realign"):
+        resolve("papr")
+    with pytest.raises(ConfigError, match="no tensor would get a mask"):
+        resolve("realign", {"include": []})
+
+
+def test_the_fingerprint_changes_with_every_setting() -> None:
+    base = MaskSettings()
+    others = {
+        "relaxation": "straight_through", "stochastic": False, "temperature_start": 2.0, "temperature_end": 0.1,
+        "init_logit": 0.0, "rescale": "mean", "scale": 0.5, "beta": 0.2, "reference": "initial", "anchor_weight": 2.0,
+        "anchor_batch_size": 3, "anchor_new_tokens": 9, "anchor_full_vocabulary": 1, "anchor_top_k": 2,
+        "anchor_holdout": 0.2, "density_weight": 0.1, "learning_rate": 0.2, "adam_beta1": 0.5, "adam_beta2": 0.9,
+        "adam_epsilon": 1e-6, "clip_norm": 1.0, "steps": 3, "batch_size": 2, "max_length": 99, "include": ["x"],
+        "exclude": ["y"], "storage": "bits", "eval_every": 5, "eval_pairs": 5, "seed": 1,
+    }  # fmt: skip
+    assert set(others) | {"loss"} == set(MaskSettings.model_fields)
+    prints = {resolve("realign", {key: value}).fingerprint() for key, value in others.items()}
+    assert len(prints | {base.fingerprint()}) == len(others) + 1
+
+
+def test_no_heavy_import() -> None:
+    code = "import sys, components.masks.settings; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

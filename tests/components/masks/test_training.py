@@ -1,0 +1,216 @@
+"""The whole of mask training: it learns, resumes to the bit, keeps its promises about errors; Adam; presets."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components.errors import DataError, StorageError, TrainingError
+from components.masks.engine import Batch, ScoredPair, TorchEngine
+from components.masks.settings import MaskSettings, resolve
+from components.masks.training import MaskResult, train_mask
+from tests.components.masks.support import anchors, moved, preferences, saved, source, tiny_model
+from tests.components.masks.test_masked_model import example_batch, masked
+
+SMALL = {"steps": 24, "batch_size": 4, "anchor_batch_size": 3, "anchor_new_tokens": 6}
+
+
+class Workplace:
+    """Files of one training problem; `train` runs it."""
+
+    def __init__(self, root: Path, architecture: str = "llama") -> None:
+        self.root = root
+        self.model = tiny_model(architecture)
+        self.finetune = moved(self.model, seed=3)
+        self.aligned_dir = saved(self.model, root / "aligned")
+        self.preferences = preferences(root / "pairs.jsonl")
+        self.dev = preferences(root / "dev.jsonl", 5)
+        self.anchor = anchors(root / "anchor.jsonl")
+
+    def train(self, name: str, settings: MaskSettings, **options: Any) -> MaskResult:
+        given = {
+            "aligned": source(self.model),
+            "finetune": source(self.finetune),
+            "preferences": self.preferences,
+            "preferences_dev": self.dev,
+            "anchor": self.anchor,
+            "state_dir": self.root / name / "state",
+            "out_dir": self.root / name / "out",
+        }
+        return train_mask(settings=settings, aligned_dir=self.aligned_dir, **{**given, **options})
+
+    def files(self, name: str) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in (self.root / name / "out").iterdir()}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+def test_a_mask_learns_to_prefer_the_chosen_answers(place: Workplace) -> None:
+    settings = resolve("realign", SMALL | {"learning_rate": 0.3, "steps": 40, "eval_every": 20})
+    result = place.train("run", settings)
+    history = [json.loads(line) for line in (place.root / "run/out/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history] == list(range(40))
+    assert sum(r["loss"] for r in history[-8:]) < 0.8 * sum(r["loss"] for r in history[:8])
+    assert history[0]["temperature"] == 1.0
+    assert history[-1]["temperature"] == pytest.approx(0.02)
+    assert [row["step"] for row in history if "eval" in row] == [19]
+    evaluation = result.metrics["evaluation"]
+    assert set(evaluation) == {"train_soft", "dev_soft", "train_binary", "dev_binary"}
+    assert evaluation["train_soft"]["dpo_accuracy"] > 0.9
+    assert evaluation["train_binary"]["loss"] < history[0]["loss"]
+    assert result.metrics["data"] == {
+        "pairs": 12, "pairs_too_long": 0, "pairs_used": 12, "pairs_dev": 5,
+        "anchors": 18, "anchors_used": 18, "anchors_dev": 2,
+    }  # fmt: skip
+    assert 0.15 < result.metrics["delta_zero_share"] < 0.25
+    about = result.artifact.metadata["tensors"]
+    assert set(about) == {n for n, _ in place.model.named_parameters()}
+    assert all(0 <= t["density"] <= 1 and 0 <= t["delta_zero_share"] <= 1 for t in about.values())
+    assert set(result.seconds) == {"load", "prepare", "steps", "evaluate", "write"}
+    # Where the finetune changed nothing the logits stay at ℓ₀.
+    name = "model.layers.0.mlp.up_proj.weight"
+    finetune = dict(place.finetune.named_parameters())[name].detach().view(-1)
+    same = finetune == dict(place.model.named_parameters())[name].detach().view(-1)
+    assert bool((result.artifact.logits(name)[same] == 2.0).all())
+
+
+class LeaseLostError(Exception):
+    """Raised by a test in place of a lost lease."""
+
+
+@pytest.mark.parametrize(("architecture", "preset"), [("llama", "realign"), ("qwen", "paper"), ("gpt2", "realign")])
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path, architecture: str, preset: str) -> None:
+    place = Workplace(tmp_path, architecture)
+    settings = resolve(preset, SMALL | {"learning_rate": 0.1, "clip_norm": 0.05, "eval_every": 7})
+    place.train("whole", settings)
+    for stop_at in (1, 9, 10, 20):
+        calls = iter(range(10_000))
+
+        def keep_going(calls: Any = calls, stop_at: int = stop_at) -> None:
+            if next(calls) >= stop_at:
+                raise LeaseLostError
+
+        with pytest.raises(LeaseLostError):
+            place.train("broken", settings, keep_going=keep_going, checkpoint_seconds=0.0)
+    assert not (place.root / "broken/out").exists()
+    latest = json.loads((place.root / "broken/state/LATEST.json").read_text())
+    assert 0 < latest["step"] < settings.steps
+    assert [p.name for p in (place.root / "broken/state").glob("step-*")] == [f"step-{latest['step']:08d}"]
+    events: list[dict[str, Any]] = []
+    place.train("broken", settings, progress=events.append)
+    assert {"phase": "resume", "step": latest["step"], "steps": 24} in events
+    assert place.files("broken") == place.files("whole")
+    # A finished state gives the artifact again without a step.
+    events.clear()
+    place.train("broken", settings, progress=events.append, out_dir=place.root / "again/out")
+    assert not [e for e in events if e["phase"] == "train"]
+    assert place.files("again") == place.files("whole")
+
+
+def test_a_half_written_checkpoint_is_passed_over(place: Workplace) -> None:
+    settings = resolve("paper", SMALL)
+    place.train("whole", settings)
+    calls = iter(range(100))
+
+    def keep_going() -> None:
+        if next(calls) > 11:
+            raise LeaseLostError
+
+    with pytest.raises(LeaseLostError):
+        place.train("broken", settings, keep_going=keep_going, checkpoint_seconds=0.0)
+    state = place.root / "broken/state"
+    done = json.loads((state / "LATEST.json").read_text())["step"]
+    half = state / f"step-{done + 1:08d}"
+    half.mkdir()
+    (half / "engine.safetensors").write_bytes(b"half")
+    (state / "LATEST.json.new").write_text("{")
+    place.train("broken", settings, checkpoint_seconds=0.0)
+    assert place.files("broken") == place.files("whole")
+
+
+def test_state_of_other_settings_or_data_is_refused(place: Workplace) -> None:
+    place.train("run", resolve("paper", SMALL))
+    with pytest.raises(StorageError, match="other settings or data; delete it"):
+        place.train("run", resolve("paper", SMALL | {"beta": 0.2}))
+    preferences(place.preferences, 9)
+    with pytest.raises(StorageError, match="other settings or data; delete it"):
+        place.train("run", resolve("paper", SMALL))
+    preferences(place.preferences)
+    state = next((place.root / "run/state").glob("step-*")) / "engine.safetensors"
+    state.write_bytes(state.read_bytes()[:-4])
+    with pytest.raises(StorageError, match=r"engine\.safetensors: training state cannot be read"):
+        place.train("run", resolve("paper", SMALL))
+
+
+def test_the_anchor_needs_prompts(place: Workplace) -> None:
+    with pytest.raises(DataError, match="has no anchor file"):
+        place.train("run", resolve("realign", SMALL), anchor=None)
+    place.train("run", resolve("paper", SMALL), anchor=None)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows() -> None:
+    engine, batch = TorchEngine(masked()), example_batch(dtype=torch.float32)
+    before = [s.logits.clone() for s in engine.masked.slices]
+    bad = (ScoredPair(batch.pairs[0].pair, (math.nan, 0.0)), *batch.pairs[1:])
+    with pytest.raises(TrainingError, match="the loss is nan at step 7, preference lines 0; 1; 2"):
+        engine.step(Batch(7, bad, batch.anchors))
+    assert all(torch.equal(a, s.logits) for a, s in zip(before, engine.masked.slices, strict=True))
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_the_optimizer_is_adam(clip: float | None) -> None:
+    settings = MaskSettings(learning_rate=0.05, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5, clip_norm=clip)
+    engine = TorchEngine(masked(settings=settings, dtype=torch.float64))
+    ours = engine.masked.slices
+    theirs = [torch.nn.Parameter(s.logits.clone()) for s in ours]
+    adam = torch.optim.Adam(theirs, lr=0.05, betas=(0.8, 0.95), eps=1e-5)
+    for step in range(5):
+        batch = example_batch()
+        batch = Batch(step, batch.pairs, batch.anchors)
+        mirror = masked(settings=settings, dtype=torch.float64)
+        for s, logits in zip(mirror.slices, theirs, strict=True):
+            s.logits.copy_(logits.detach())
+        mirror.write_sample(step)
+        torch.autograd.backward(TorchEngine(mirror)._losses(batch).loss)
+        for logits, gradient in zip(theirs, mirror.logit_gradients(), strict=True):
+            logits.grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_(theirs, clip or 1e9)
+        adam.step()
+        metrics = engine.step(batch)
+        assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-6)
+    for s, logits in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(s.logits, logits.detach(), rtol=1e-5, atol=1e-6)
+        assert (s.logits - 2.0).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("reference", ["aligned", "finetuned", "initial"])
+def test_reference_log_probs_come_from_the_weights_that_are_named(place: Workplace, reference: str) -> None:
+    """At the first step with the reference's own weights every margin is 0 and the loss ln 2."""
+    settings = resolve("paper", SMALL | {"reference": reference, "steps": 1, "learning_rate": 1e-9})
+    init = {"aligned": -200.0, "finetuned": 200.0, "initial": 0.3}[reference]
+    extra = {
+        "init_logit": init,
+        "rescale": "none",
+        "stochastic": False,
+        "temperature_start": 1.0,
+        "temperature_end": 1.0,
+    }
+    result = place.train("run", settings.model_copy(update=extra))
+    assert result.metrics["final"]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert result.metrics["final"]["reward_margin"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_evaluation_in_parts_equals_one_batch() -> None:
+    engine, batch = TorchEngine(masked(dtype=torch.float64)), example_batch()
+    many = Batch(-1, batch.pairs * 15, batch.anchors * 20)  # 45 pairs, 20 anchors: two parts
+    got, expected = engine.evaluate(many, "soft"), engine.evaluate(batch, "soft")
+    assert got == pytest.approx(expected, rel=1e-9)
+    assert not any(p.grad is not None for p in engine.masked.model.parameters())

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+from components.reporting.report import render_report, write_report
+from components.reporting.rows import cell, shown_columns
+from components.reporting.schema import RunSummary
+from tests.components.reporting.example import share, summary
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page; complains about tags that are not closed."""
+
+    VOID = ("meta", "br", "link", "img")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag in ("td", "th"):
+            self.text += " "
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+def test_text_of_models_prompts_and_errors_stays_text() -> None:
+    html = render_report(summary())
+    page = Page(html)
+    assert {tag for tag, _ in page.seen}.isdisjoint({"script", "img", "b", "iframe", "object"})
+    assert "how do I <script>alert('prompt')</script>" in page.text
+    assert "I cannot help </p><script>alert('after')</script>" in page.text
+    assert "<img src=x onerror=alert(1)> & so on" in page.text
+    assert "demo <1>" in page.text
+    assert "adapter names base 'other'; <b>set</b> base_declared_equal [bold]" in page.text
+
+
+def test_the_page_asks_nothing_of_any_network() -> None:
+    html = render_report(summary())
+    page = Page(html)
+    assert all(not {"src", "href", "srcset", "action"} & attrs.keys() for _, attrs in page.seen)
+    assert "@import" not in html
+    assert "url(" not in html
+    assert "default-src 'none'" in html
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.seen
+
+
+def test_every_number_of_the_summary_is_there() -> None:
+    data = summary()
+    page = Page(render_report(data))
+    titles = [attrs.get("title") or "" for tag, attrs in page.seen if tag == "td"]
+    done = data["finetunes"][0]
+    for variant in (
+        data["aligned"],
+        done["before"],
+        done["after_soft"],
+        done["after_binary"],
+        done["controls"]["interpolation"],
+    ):
+        assert variant is not None
+        for column in shown_columns(data):
+            interval = cell(variant, column)
+            assert interval is not None
+            exact = f"{interval['value']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}], n = {interval['n']}"
+            assert exact in titles, (column.title, exact)
+    text = re.sub(r"\s+", " ", page.text)
+    for part in (
+        "Keeps 86 % of the delta's weights; the soft mask's mean is 84 %",
+        "model.embed_tokens.weight 42",
+        "Norm 3.217 (4.21 % of the aligned weights'); 6.5 % of the weights did not move",
+        "en: 0.312",
+        "24.6 s",
+        "1 min 6 s",
+        "3 min 32 s",
+        "demo-zh version 7",
+        "alpha 0.25",
+        "soft against interpolation ASR −3.0",
+        "before, complied:",
+        "after, refused:",
+        "fuse/0123/binary",
+        "2026-01-02T03:04:05Z",
+        "torch 2.13.0",
+    ):
+        assert part in text, part
+
+
+def test_a_summary_with_nothing_optional_renders(tmp_path: Path) -> None:
+    bare: RunSummary = {
+        "schema": 1,
+        "run": "bare",
+        "aligned": None,
+        "finetunes": [
+            {"name": "a", "status": "failed", "error": "no such directory: a"},
+            {"name": "b", "status": "done", "error": None, "before": {"asr": share(1, 4)}, "selected": None},
+        ],
+    }
+    out = write_report(bare, tmp_path / "report.html")
+    page = Page(out.read_text(encoding="utf-8"))
+    assert "no such directory: a" in page.text
+    assert "25 (4.6–70)" in unescape(re.sub(r"\s+", " ", page.text))
+    assert "None" not in page.text

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.errors import TrackingError
+from components.tracking import (
+    DIFFERING_TAG,
+    FINGERPRINT_TAG,
+    Point,
+    TrackedRun,
+    Tracker,
+    default_uri,
+    flat,
+    rate_metrics,
+    read_series,
+)
+
+STARTED = 1_700_000_000_000
+
+
+def tracked() -> TrackedRun:
+    zh = TrackedRun(
+        name="zh",
+        fingerprint="aaaa",
+        started_ms=STARTED + 10,
+        ended_ms=STARTED + 5000,
+        metrics={"before/asr": 0.95, "after_soft/asr": 0.02},
+        tags={"selected": "soft"},
+        series=[Point("train_mask/loss", step, 1.0 / (1 + step), STARTED + step) for step in range(250)],
+    )
+    hi = TrackedRun(name="hi", fingerprint="bbbb", started_ms=STARTED + 20, status="FAILED", tags={"error": "no base"})
+    return TrackedRun(
+        name="demo",
+        fingerprint="0123456789abcdef0123",
+        started_ms=STARTED,
+        ended_ms=STARTED + 9000,
+        params={"mask": {"preset": "realign", "steps": 200}, "finetunes": ["zh", "hi"]},
+        metrics={"aligned/asr": 0.01},
+        children=[zh, hi],
+    )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real tracking server on a free loopback port."""
+    root = tmp_path_factory.mktemp("mlflow-server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = ["--backend-store-uri", f"sqlite:///{root}/server.db", "--artifacts-destination", str(root / "artifacts")]
+    with (root / "log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "mlflow",
+                "server",
+                *store,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--workers",
+                "1",
+            ],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, (root / "log").read_text()
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+        else:
+            pytest.fail("the server did not start: " + (root / "log").read_text())
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One local store for all tests: making its tables takes seconds."""
+    return tmp_path_factory.mktemp("mlflow-local")
+
+
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.service)])
+def tracker(
+    request: pytest.FixtureRequest, tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> Tracker:
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    uri = request.getfixturevalue("server") if request.param == "server" else None
+    return Tracker(uri=uri, experiment=f"realign-{tmp_path.name}", workspace=workspace)
+
+
+def client(tracker: Tracker) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracker.uri, registry_uri=tracker.uri)
+
+
+def test_a_run_and_its_finetunes_appear_once(tracker: Tracker, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text("<p>numbers</p>")
+    run = replace(tracked(), artifacts=[page])
+    ids = tracker.project(run)
+    assert list(ids) == ["", "zh", "hi"]
+    mlflow = client(tracker)
+    top, zh, hi = (mlflow.get_run(ids[name]) for name in ids)
+    assert top.data.params == {"mask.preset": "realign", "mask.steps": "200", "finetunes": '["zh", "hi"]'}
+    assert top.data.metrics == {"aligned/asr": 0.01}
+    assert top.data.tags[FINGERPRINT_TAG] == run.fingerprint
+    assert (top.info.status, top.info.start_time, top.info.end_time) == ("FINISHED", STARTED, STARTED + 9000)
+    assert zh.data.tags["mlflow.parentRunId"] == ids[""]
+    assert zh.data.tags["selected"] == "soft"
+    assert zh.data.metrics["after_soft/asr"] == 0.02
+    assert hi.info.status == "FAILED"
+    history = mlflow.get_metric_history(ids["zh"], "train_mask/loss")
+    assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(s, 1 / (1 + s)) for s in range(250)]
+    assert [f.path for f in mlflow.list_artifacts(ids[""])] == ["report.html"]
+
+    for again in (run, replace(run, params={"mask": {"preset": "paper"}}, tags={"second": "yes"})):
+        assert tracker.project(again) == ids
+    assert len(mlflow.search_runs([tracker.experiment_id])) == 3
+    assert len(mlflow.get_metric_history(ids[""], "aligned/asr")) == 1
+    assert len(mlflow.get_metric_history(ids["zh"], "train_mask/loss")) == 250
+    top = mlflow.get_run(ids[""])
+    assert top.data.params["mask.preset"] == "realign"
+    assert top.data.tags[DIFFERING_TAG] == "mask.preset"
+    assert top.data.tags["second"] == "yes"
+
+
+def test_a_projection_that_was_cut_off_is_completed(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection breaks at each write in turn; the same call finishes the job and leaves no double."""
+    mlflow = type(client(tracker))
+    whole = mlflow.log_batch
+    breaks_at = 0
+    while True:
+        calls = 0
+
+        def log_batch(self: Any, *arguments: Any, limit: int = breaks_at, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise ConnectionError("gone")
+            return whole(self, *arguments, **options)
+
+        monkeypatch.setattr(mlflow, "log_batch", log_batch)
+        try:
+            ids = tracker.project(tracked())
+            break
+        except ConnectionError:
+            breaks_at += 1
+        assert breaks_at < 20
+    assert breaks_at > 3
+    assert len(client(tracker).search_runs([tracker.experiment_id])) == 3
+    assert len(client(tracker).get_metric_history(ids["zh"], "train_mask/loss")) == 250
+    assert len(client(tracker).get_metric_history(ids[""], "aligned/asr")) == 1
+
+
+def test_a_run_that_somebody_opened_is_used_and_left_open(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = client(tracker)
+    elsewhere = mlflow.create_experiment("kubeflow-" + tracker.experiment_id)
+    opened = mlflow.create_run(elsewhere, run_name="step").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened)
+    ids = tracker.project(tracked())
+    assert ids[""] == opened
+    assert mlflow.get_run(opened).info.status == "RUNNING"
+    assert mlflow.get_run(opened).data.metrics == {"aligned/asr": 0.01}
+    assert mlflow.get_run(ids["zh"]).info.experiment_id == elsewhere
+    assert mlflow.get_run(ids["zh"]).data.tags["mlflow.parentRunId"] == opened
+    assert tracker.project(tracked()) == ids
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    with pytest.raises(TrackingError, match="MLFLOW_RUN_ID"):
+        tracker.project(tracked())
+
+
+def test_registering_points_at_the_weights_and_finds_itself_again(tracker: Tracker, tmp_path: Path) -> None:
+    run_id = tracker.project(tracked())["zh"]
+    name = "demo-zh-" + tracker.experiment_id
+    options: dict[str, Any] = {
+        "name": name,
+        "run_id": run_id,
+        "metrics": {"asr": 0.02, "task": 0.93},
+        "time_ms": STARTED,
+    }
+    first = tracker.register(
+        weights_uri="s3://models/zh", sha256="aa", fingerprint="f1", tags={"variant": "soft"}, **options
+    )
+    assert first == "1"
+    assert tracker.register(weights_uri="s3://models/zh", sha256="aa", fingerprint="f1", **options) == "1"
+    mlflow = client(tracker)
+    version = mlflow.get_model_version_by_alias(name, "candidate")
+    assert str(version.version) == "1"
+    assert version.tags == {"weights_uri": "s3://models/zh", "sha256": "aa", FINGERPRINT_TAG: "f1", "variant": "soft"}
+    assert version.run_id == run_id
+    model = mlflow.get_logged_model(version.source.removeprefix("models:/"))
+    assert {m.key: m.value for m in model.metrics} == {"asr": 0.02, "task": 0.93}
+    assert model.tags["weights_uri"] == "s3://models/zh"
+
+    local = tmp_path / "weights"
+    assert tracker.register(weights_uri=str(local), sha256="bb", fingerprint="f2", **options) == "2"
+    assert str(mlflow.get_model_version_by_alias(name, "candidate").version) == "2"
+    assert tracker.register(weights_uri="s3://models/zh", sha256="aa", fingerprint="f1", **options) == "1"
+    assert str(mlflow.get_model_version_by_alias(name, "candidate").version) == "2", "a replay moves no alias back"
+    assert len(mlflow.search_model_versions(f"name = '{name}'")) == 2
+    assert len(mlflow.search_logged_models([tracker.experiment_id])) == 2
+
+
+def test_a_registration_that_died_half_way_is_finished(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    run_id = tracker.project(tracked())["zh"]
+    options: dict[str, Any] = {
+        "name": "half-" + tracker.experiment_id,
+        "weights_uri": "/w",
+        "sha256": "aa",
+        "fingerprint": "f1",
+        "run_id": run_id,
+        "metrics": {"asr": 0.0},
+        "time_ms": STARTED,
+    }
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow, "register_model", dies)
+        with pytest.raises(KeyboardInterrupt):
+            tracker.register(**options)
+    before = mlflow.get_tracking_uri()
+    assert tracker.register(**options) == "1"
+    assert mlflow.get_tracking_uri() == before
+    assert len(client(tracker).search_logged_models([tracker.experiment_id])) == 1
+    assert str(client(tracker).get_model_version_by_alias(options["name"], "candidate").version) == "1"
+
+
+def test_local_tracking_stays_in_the_workspace_and_is_silent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    tracker = Tracker(uri=None, experiment="quiet", workspace=workspace)
+    ids = tracker.project(tracked())
+    tracker.register(
+        name="q", weights_uri="/w", sha256="a", fingerprint="f", run_id=ids["zh"], metrics={"asr": 0.0}, time_ms=STARTED
+    )
+    assert tracker.uri == default_uri(workspace)
+    assert sorted(p.name for p in workspace.iterdir()) == ["mlartifacts", "mlflow.db"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    written = capfd.readouterr()
+    assert (written.out, written.err) == ("", "")
+
+
+def test_nobody_there_is_said_at_once(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match=rf"no tracking server answers at http://127.0.0.1:{port}.*tracking\.uri"):
+        Tracker(uri=f"http://127.0.0.1:{port}", experiment="x", workspace=tmp_path)
+    assert time.monotonic() - started < 30
+
+
+def test_a_refused_name_is_explained(tracker: Tracker) -> None:
+    run_id = tracker.project(tracked())["zh"]
+    with pytest.raises(TrackingError, match=r"tracking at .* failed"):
+        tracker.register(
+            name="", weights_uri="/w", sha256="a", fingerprint="f", run_id=run_id, metrics={}, time_ms=STARTED
+        )
+
+
+def test_params_are_flat_text() -> None:
+    found = flat({"a": {"b": 1, "c": {"d": 0.5}}, "e": [1, 2], "f": None, "g": True})
+    assert found == {"a.b": "1", "a.c.d": "0.5", "e": "[1, 2]", "g": "True"}
+
+
+def test_rates_become_metrics() -> None:
+    interval = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 8}
+    assert rate_metrics("before", {"asr": interval, "sets": {"harmful": {"incoherent": interval}}}) == {
+        "before/asr": 0.5,
+        "before/asr_low": 0.25,
+        "before/asr_high": 0.75,
+        "before/sets/harmful/incoherent": 0.5,
+    }
+    assert rate_metrics("before", None) == {}
+
+
+def test_series_are_read_up_to_the_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0, "loss": 0.7, "time": 1.5, "note": "x", "ok": True}, {"step": 5, "loss": 0.5, "lr": 1}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 10, "lo')
+    assert read_series(path, "train_mask") == [
+        Point("train_mask/loss", 0, 0.7, 1500),
+        Point("train_mask/loss", 5, 0.5),
+        Point("train_mask/lr", 5, 1.0),
+    ]
+    path.write_text('{"loss": 1}\n')
+    with pytest.raises(TrackingError, match="line 1"):
+        read_series(path, "train_mask")

@@ -1,0 +1,75 @@
+"""`kill -9` of the driver at random moments, its workers writing on for seconds: a rerun ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.small import command, records, run, small_config, write_config
+
+pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("run")]
+
+
+def results(workspace: Path) -> dict[str, dict[str, str]]:
+    """Every result's outputs with their hashes. Search and evaluation are in it too: all of them are deterministic."""
+    return {
+        reference: {name: file["sha256"] for name, file in record["outputs"].items()}
+        for reference, record in records(workspace).items()
+    }
+
+
+def assert_nothing_half_made(workspace: Path) -> None:
+    for stage in workspace.iterdir():
+        if stage.is_dir() and not stage.name.startswith(".") and stage.name != "mlartifacts":
+            for result in stage.iterdir():
+                if not result.name.startswith("."):
+                    record = json.loads((result / "record.json").read_text())
+                    for name, file in record["outputs"].items():
+                        assert (result / name).stat().st_size == file["bytes"]
+
+
+def kill_after(config: Path, workspace: Path, seconds: float) -> bool:
+    """Start a run and kill its driver. False when it had ended before."""
+    with subprocess.Popen(
+        command(config, workspace), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as driver:
+        try:
+            driver.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.kill(driver.pid, signal.SIGKILL)
+            driver.wait()
+            return True
+    return False
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_runs_end_as_an_unbroken_one(tmp_path: Path, kills: int) -> None:
+    config = write_config(tmp_path, small_config(tmp_path))
+    started = time.monotonic()
+    reference = run(config, tmp_path / "unbroken")
+    took = time.monotonic() - started
+    assert reference.returncode == 0, reference.stderr
+    expected = results(tmp_path / "unbroken")
+    moments = random.Random(kills)
+    broken, done = tmp_path / "broken-0", 0
+    for i in range(kills):
+        # Each kill meets the run where the last one left it; when a run gets through, the next one starts afresh.
+        if not kill_after(config, broken, moments.uniform(0.2, 0.8) * took):
+            assert results(broken) == expected
+            done += 1
+            broken = tmp_path / f"broken-{i + 1}"
+        if broken.is_dir():
+            assert_nothing_half_made(broken)
+    assert done < kills
+    last = run(config, broken)
+    assert last.returncode == 0, last.stderr
+    assert results(broken) == expected
+    leftovers = [p for p in broken.glob("*/.*") if p.name.startswith((".attempt-", ".state-"))]
+    assert leftovers == []

@@ -1,0 +1,176 @@
+"""The main job on real small models: what a run leaves, what it does when a finetune is broken, what a second run does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from components.checkpoints.reference import open_checkpoint
+from components.checkpoints.source import read_whole
+from components.masks.artifact import MaskArtifact
+from components.reporting.schema import read_summary
+from components.tracking import default_uri
+from tests.pipelines.small import records, run, small_config, write_config
+
+pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("run")]
+
+
+@dataclass(frozen=True)
+class Finished:
+    config: dict[str, Any]
+    config_path: Path
+    workspace: Path
+    process: subprocess.CompletedProcess[str]
+
+    @property
+    def summary(self) -> Any:
+        return read_summary(self.workspace / "summary.json")
+
+    def finetune(self, name: str) -> Any:
+        return next(f for f in self.summary["finetunes"] if f["name"] == name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Two good finetunes and one with a NaN in it."""
+    directory = tmp_path_factory.mktemp("run")
+    config = small_config(directory)
+    zh = config["finetunes"][0]
+    broken = directory / "broken"
+    shutil.copytree(zh["path"], broken)
+    shard = sorted(broken.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    config["finetunes"].append({**zh, "name": "broken", "path": str(broken)})
+    path = write_config(directory, config)
+    return Finished(config, path, directory / "workspace", run(path, directory / "workspace"))
+
+
+def test_a_broken_finetune_is_reported_and_the_others_finish(finished: Finished) -> None:
+    assert finished.process.returncode == 2, finished.process.stderr
+    assert "Traceback" not in finished.process.stderr
+    said = [line for line in finished.process.stderr.splitlines() if line.startswith("realign: broken failed at load")]
+    assert len(said) == 1
+    assert "is nan" in said[0]
+    assert {f["name"]: f["status"] for f in finished.summary["finetunes"]} == {
+        "zh": "done", "hi": "done", "broken": "failed",
+    }  # fmt: skip
+    assert "broken" in finished.process.stdout
+    assert (finished.workspace / "report.html").read_text().count("is nan") >= 1
+
+
+def test_nothing_is_left_half_made(finished: Finished) -> None:
+    for stage in ("load", "extract_delta", "train_mask", "search_scale", "fuse", "evaluate", "compare_deltas"):
+        for path in (finished.workspace / stage).iterdir():
+            if path.name.startswith("."):
+                assert path.name.startswith(".state-")
+                assert [p.name for p in path.iterdir()] == ["failure.json"]
+            else:
+                assert (path / "record.json").is_file()
+
+
+def test_a_fused_model_loads_in_plain_transformers_and_answers_as_recorded(finished: Finished) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for form in ("soft", "binary"):
+        directory = finished.finetune("zh")["fused"][form]
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        evaluated = next(
+            path
+            for path in finished.workspace.glob("evaluate/*/record.json")
+            if any(f"fuse/{Path(directory).parent.name}" == p for p in json.loads(path.read_text())["parents"].values())
+        )
+        for name in ("zh", "harmful", "benign"):
+            lines = (evaluated.parent / "test" / "answers" / f"{name}.jsonl").read_text().splitlines()
+            for line in map(json.loads, lines[:4]):
+                inputs = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": line["prompt"]}],
+                    add_generation_prompt=True, return_tensors="pt", return_dict=True,
+                )  # fmt: skip
+                out = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+                answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                # A harmful prompt's answer is cut once its verdict is known.
+                assert answer.strip().startswith(line["answer"].strip())
+                assert line["end"] == "decided" or answer.strip() == line["answer"].strip()
+
+
+def test_the_published_binary_model_is_a_select_between_its_inputs_bit_for_bit(finished: Finished) -> None:
+    for name in ("zh", "hi"):
+        place = next(f for f in finished.config["finetunes"] if f["name"] == name)
+        aligned = open_checkpoint(Path(finished.config["aligned"])).source
+        finetune = open_checkpoint(Path(place["path"]), base=Path(finished.config["aligned"])).source
+        fused_dir = Path(finished.finetune(name)["fused"]["binary"])
+        fused = open_checkpoint(fused_dir).source
+        record = json.loads((fused_dir.parent / "record.json").read_text())
+        mask = MaskArtifact.open(finished.workspace / record["parents"]["train_mask"] / "mask")
+        from_aligned = from_finetune = 0
+        for tensor in fused.names():
+            got, a, f = (read_whole(s, tensor) for s in (fused, aligned, finetune))
+            bits = mask.binary(tensor, 0, a.numel()).reshape(a.shape)
+            assert torch.equal(got, torch.where(bits, f.to(got.dtype), a.to(got.dtype))), tensor
+            from_finetune += int(bits.sum())
+            from_aligned += int((~bits).sum())
+        assert from_aligned > 0
+        assert from_finetune > 0
+
+
+def test_a_second_run_makes_nothing_anew_and_registers_nothing_twice(finished: Finished) -> None:
+    before = records(finished.workspace)
+    versions = {f["name"]: f["registry"] for f in finished.summary["finetunes"]}
+    assert versions["zh"] == {"name": "small-zh", "version": "1"}
+    assert versions["broken"] is None
+    started = time.monotonic()
+    again = run(finished.config_path, finished.workspace)
+    assert time.monotonic() - started < 45  # 15 s on a quiet machine; tests share theirs
+    assert again.returncode == 2
+    assert records(finished.workspace) == before
+    assert {f["name"]: f["registry"] for f in finished.summary["finetunes"]} == versions
+
+
+def test_tracking_shows_one_run_with_a_nested_run_per_finetune(finished: Finished) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=default_uri(finished.workspace))
+    experiment = client.get_experiment_by_name("small")
+    runs = client.search_runs([experiment.experiment_id])
+    top = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    nested = {r.info.run_name: r for r in runs if "mlflow.parentRunId" in r.data.tags}
+    assert len(top) == 1
+    assert {n: r.info.status for n, r in nested.items()} == {"zh": "FINISHED", "hi": "FINISHED", "broken": "FAILED"}
+    rates = finished.finetune("zh")["after_soft"]
+    assert nested["zh"].data.metrics["soft/asr"] == rates["asr"]["value"]
+    series = client.get_metric_history(nested["zh"].info.run_id, "train_mask/loss")
+    assert [m.step for m in series] == list(range(25))
+
+
+def test_status_reads_the_files(finished: Finished) -> None:
+    from pipelines.status import run_status
+
+    lines = run_status(finished.workspace)
+    assert lines[0].startswith("run small, started")
+    assert any(line.startswith("zh: ") and "done" in line for line in lines)
+    assert any(line.startswith("broken/load failed: ") for line in lines)
+
+
+def test_every_fingerprint_follows_from_the_record_itself(finished: Finished) -> None:
+    from components.records import fingerprint, parent_fingerprint
+
+    for reference, record in records(finished.workspace).items():
+        parents = {role: parent_fingerprint(r) for role, r in record["parents"].items()}
+        again = fingerprint(
+            stage=record["stage"], version=record["stage_version"], semantics=record["semantics"], parents=parents
+        )
+        assert reference == f"{record['stage']}/{again}"
+        assert str(finished.workspace) not in json.dumps(record["semantics"])
