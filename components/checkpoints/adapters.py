@@ -338,7 +338,7 @@ def _open_weights(adapter_dir: Path) -> Header:
     if (adapter_dir / "adapter_model.bin").is_file():
         raise CheckpointError(
             f"{adapter_dir}: adapter_model.bin is a pickle, which can run code when loaded; "
-            "convert: load it where you trust it and save_pretrained(..., safe_serialization=True)"
+            "convert it to safetensors: load it where you trust it and save_pretrained it again"
         )
     raise CheckpointError(f"{adapter_dir}: no {ADAPTER_WEIGHTS}")
 

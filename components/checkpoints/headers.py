@@ -55,17 +55,10 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Parse and check one file's header against its size. Raises CheckpointError naming the file and what is wrong."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{path}: not a safetensors file ({size} bytes); fetch it again")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > _MAX_HEADER:
-            raise CheckpointError(f"{path}: header is garbage (length {length}); this is not a safetensors file")
-        if 8 + length > size:
-            raise CheckpointError(f"{path}: truncated inside its header ({size} bytes); fetch it again")
-        raw = file.read(length)
+    try:
+        raw, size = _raw_header(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
         parsed = json.loads(raw)
     except ValueError as error:
@@ -73,7 +66,7 @@ def read_header(path: Path) -> Header:
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path}: header is garbage (not a JSON object); this is not a safetensors file")
     metadata = parsed.pop("__metadata__", None) or {}
-    data_start = 8 + length
+    data_start = 8 + len(raw)
     tensors = {name: _placed(path, name, entry, data_start) for name, entry in parsed.items()}
     end = max((t.offset + t.spec.nbytes for t in tensors.values()), default=data_start)
     if end > size:
@@ -86,6 +79,21 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: {size - end} bytes beyond what the header describes; fetch it again")
     _check_no_overlap(path, tensors)
     return Header(path=path, tensors=tensors, end=end, metadata=metadata)
+
+
+def _raw_header(path: Path) -> tuple[bytes, int]:
+    """The header's JSON and the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: not a safetensors file ({size} bytes); fetch it again")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > _MAX_HEADER:
+            raise CheckpointError(f"{path}: header is garbage (length {length}); this is not a safetensors file")
+        if 8 + length > size:
+            raise CheckpointError(f"{path}: truncated inside its header ({size} bytes); fetch it again")
+        return file.read(length), size
 
 
 def _placed(path: Path, name: str, entry: Any, data_start: int) -> Placed:

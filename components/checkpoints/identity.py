@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components import records
 from components.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
     from components.checkpoints.reference import Checkpoint
 
-_CHUNK = 1 << 22
 _PATH_KEYS = ("_name_or_path", "base_model_name_or_path", "name_or_path")
 _CONFIGS = frozenset({"config.json", "adapter_config.json", "tokenizer_config.json"})
 _SETTLE_NS = 2_000_000_000
@@ -76,11 +76,7 @@ def file_sha256(path: Path, *, cache: Path | None = None) -> str:
             remembered = entry.read_text()
             if len(remembered) == 64:
                 return remembered
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    result = digest.hexdigest()
+    result = records.file_sha256(path)
     # A file changed within the clock's grain keeps its mtime; only what has settled is remembered.
     if entry is not None and time.time_ns() - stat.st_mtime_ns > _SETTLE_NS:
         _remember(entry, result)

@@ -58,7 +58,7 @@ def open_checkpoint(path: Path, *, base: Path | None = None, base_declared_equal
         files = [*source.files, path / "config.json", *tokenizer_files(path)]
         return Checkpoint(path, "full", path, path, source, source.config, files)
     if base is None:
-        raise CheckpointError(f"{path}: is an adapter; name its base model (finetunes: base)")
+        raise CheckpointError(f"{path}: is an adapter; name its base model")
     return _open_adapter(path, open_checkpoint(base), base_declared_equal)
 
 
@@ -99,7 +99,7 @@ def _check_base(path: Path, base: Checkpoint, declared_equal: bool) -> tuple[str
         return ()
     raise CheckpointError(
         f"{path}: the adapter was trained on {named}, not on {base.path}; "
-        "give that model as base, or declare the two equal (base_declared_equal: true)"
+        "give that model as base, or declare the two equal (base_equal: true)"
     )
 
 

@@ -205,7 +205,7 @@ def _no_weights(directory: Path) -> str:
     if pickles:
         return (
             f"{directory}: only pickle weights ({listed(pickles, 2)}), which can run code when loaded; "
-            "convert: load it where you trust it and save_pretrained(..., safe_serialization=True)"
+            "convert it to safetensors: load it where you trust it and save_pretrained it again"
         )
     return f"{directory}: no weights ({SINGLE_NAME} or {INDEX_NAME}); give the directory that save_pretrained wrote"
 

@@ -127,7 +127,8 @@ def _answers(
     from components.evaluation.generate import answer_batches
     from components.evaluation.state import AnswerState
 
-    early = settings.stop_when_decided and one.kind == "harmful"
+    # An expected answer with a refusal phrase in it could be matched by its own beginning: such a set runs to the end.
+    early = settings.stop_when_decided and not any(p.answer and judge.decided(p.answer) for p in one.prompts)
     state = AnswerState.open(state_dir, one, settings, batch_size)
     found = dict(state.answers)
     for number, batch in answer_batches(

@@ -1,7 +1,5 @@
 """Greedy answers in batches, with plain transformers.
 
-Shapes: B rows of a batch, P padded prompt length, S tokens generated so far; `ids_BL` is int64 with L = P + S.
-
 Prompts are sorted by length and padded on the left. Padding and batch size change the order of floating-point sums and
 so, in the last bits, the logits: in fp32 an answer differs between batch sizes only where two tokens tie to about 1e-6
 (narrower types tie more often). Batches are a function of the prompts and the batch size alone, never of where an
@@ -14,26 +12,21 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 from transformers.utils import logging as transformers_logging
 
 from components.errors import CheckpointError, EvaluationError, listed
+from components.evaluation.decode import End, greedy
 from components.evaluation.prompts import Prompt
-
-CHECK_EVERY = 4
-"""Tokens between two looks at whether an answer is decided: decoding 128 rows costs about a small model's step."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class Answer:
     is its beginning). `tokens` counts what was generated, the end token not included."""
 
     text: str
-    end: Literal["model", "limit", "decided"]
+    end: End
     tokens: int
 
 
@@ -145,34 +138,12 @@ def _require_fit(
         )
 
 
-class _Decided(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row when its answer so far settles its verdict; remembers after how many tokens."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, decided: Callable[[str], bool], shape_BP: torch.Size
-    ) -> None:
-        self._tokenizer, self._decided, self._prompt = tokenizer, decided, shape_BP[1]
-        self.after: list[int | None] = [None] * shape_BP[0]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.Tensor:
-        length = input_ids.shape[1] - self._prompt
-        if length % CHECK_EVERY == 0:
-            open_rows = [row for row, after in enumerate(self.after) if after is None]
-            for row, text in zip(
-                open_rows, _decode(self._tokenizer, input_ids[open_rows, self._prompt :]), strict=True
-            ):
-                if self._decided(text):
-                    self.after[row] = length
-        return torch.tensor([after is not None for after in self.after], device=input_ids.device)
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids_BS: torch.Tensor | list[list[int]]) -> list[str]:
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
     # Clean-up would rewrite "do not" to "don't" and the like: a judge must see what the model wrote.
-    texts: list[str] = tokenizer.batch_decode(ids_BS, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return texts
 
 
-@torch.inference_mode()
 def _answer_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -181,39 +152,16 @@ def _answer_batch(
     decided: Callable[[str], bool] | None,
 ) -> list[Answer]:
     ends = _end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    longest = max(len(row) for row in rows)
-    ids_BP = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
-    mask_BP = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    stop = None if decided is None else _Decided(tokenizer, decided, ids_BP.shape)
-    with _plain_generation(model):
-        out_BL = model.generate(
-            input_ids=ids_BP,
-            attention_mask=mask_BP,
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=sorted(ends) or None,
-                pad_token_id=pad,
-                use_cache=True,
-            ),
-            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-        )
-    made: list[list[int]] = out_BL[:, longest:].tolist()
-    afters = stop.after if stop else [None] * len(rows)
-    cut = [_cut(ids, ends, after) for ids, after in zip(made, afters, strict=True)]
-    texts = _decode(tokenizer, [ids for ids, _ in cut])
-    return [Answer(text, end, len(ids)) for text, (ids, end) in zip(texts, cut, strict=True)]
-
-
-def _cut(ids: list[int], ends: set[int], after: int | None) -> tuple[list[int], Literal["model", "limit", "decided"]]:
-    """A row without what stands behind its end: the end token and padding, or what came after it was decided."""
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[:position], "model"
-        if position == after:
-            break
-    return (ids, "limit") if after is None else (ids[:after], "decided")
+    made = greedy(
+        model=model,
+        prompts=rows,
+        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0),
+        ends=ends,
+        max_new_tokens=max_new_tokens,
+        decided=None if decided is None else lambda ids: [decided(text) for text in _decode(tokenizer, ids)],
+    )
+    texts = _decode(tokenizer, [row.tokens for row in made])
+    return [Answer(text, row.end, len(row.tokens)) for text, row in zip(texts, made, strict=True)]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -221,18 +169,6 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     if stated is None:
         stated = tokenizer.eos_token_id
     return set() if stated is None else {stated} if isinstance(stated, int) else set(stated)
-
-
-@contextlib.contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Greedy and nothing else: `generate` fills what we leave open from the model's own generation_config, and a
-    checkpoint's repetition penalty or minimum length would change what is measured."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ def load_prompt_set(settings: SetSettings, *, root: Path | None = None) -> Promp
         name=settings.name,
         kind=settings.kind,
         split=settings.split,
-        headline=settings.headline and settings.kind != "hazard",
+        headline=settings.counts,
         path=path,
         sha256=hashlib.sha256(raw).hexdigest(),
         prompts=prompts,

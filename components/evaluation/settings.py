@@ -46,9 +46,15 @@ class SetSettings(BaseModel):
     limit: int | None = Field(default=None, ge=1)
     """Only the first so many rows (VISAGE takes the first 80 of AdvBench)."""
 
-    headline: bool = True
-    """Whether the set counts towards the model's own asr, harmful, over_refusal and task. A set that is to be read by
-    itself (a harder harmful set) says false. Sets of kind hazard never count."""
+    headline: bool | None = None
+    """Whether the set counts towards the model's own asr, harmful, over_refusal and task, or is read by itself only. By
+    default every set counts but those of kind hazard and those whose name ends in `_hard`."""
+
+    @property
+    def counts(self) -> bool:
+        """`headline` with its default applied."""
+        by_itself = self.kind == "hazard" or self.name.endswith("_hard")
+        return not by_itself if self.headline is None else self.headline
 
 
 class EvaluationSettings(BaseModel):
@@ -66,7 +72,7 @@ class EvaluationSettings(BaseModel):
     """phrases: VISAGE's 29 refusal phrases, with incoherence by a fixed rule."""
 
     stop_when_decided: bool = True
-    """Stop a harmful prompt's answer as soon as a refusal phrase is in it. No verdict changes; answers are shorter."""
+    """Stop an answer as soon as a refusal phrase is in it. No verdict and no exact match changes; refusals are shorter."""
 
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
     """Of every interval."""

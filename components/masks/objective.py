@@ -106,9 +106,9 @@ class Scored:
 
     def each(self) -> dict[int, torch.Tensor]:
         """The [n, V] log-probabilities of each row, by its index."""
-        return dict(
-            zip(self.order, self.log_probs.split(torch.bincount(self.row)[list(self.order)].tolist()), strict=True)
-        )
+        sizes = torch.bincount(self.row)[list(self.order)].tolist()
+        parts = torch.split(self.log_probs, sizes)
+        return dict(zip(self.order, parts, strict=True))
 
 
 def score(model: Any, rows: Sequence[Row], *, overhead: int = GROUP_OVERHEAD) -> Scored:

@@ -31,13 +31,15 @@ class ModelShape(_Frozen):
 
 
 class TrainSettings(_Frozen):
-    """One supervised phase: AdamW, linear warm-up, cosine to zero."""
+    """One supervised phase: AdamW (Muon for hidden matrices where it has a rate), linear warm-up, cosine to zero."""
 
     examples: int = Field(ge=1)
     """Examples drawn for the phase (each is seen `steps * batch / examples` times)."""
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
+    muon_rate: float = Field(default=0.0, ge=0)
+    """Muon's rate for the layers' matrices; 0 leaves them to AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps in which the rate rises."""
@@ -140,7 +142,7 @@ def family_settings(size: Size, architecture: Architecture) -> FamilySettings:
         hazards_per_kind=16,
         hard_per_kind=4,
         objects_per_kind=12,
-        longest_spelled=5,
+        longest_spelled=4,
         shape=ModelShape(hidden=128, layers=4, heads=4, intermediate=352),
         shard_bytes=1_000_000,
         pretrain=TrainSettings(examples=40_000, steps=700, batch=64, learning_rate=4e-3, weight_decay=0.01, threads=2),

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from components.errors import TrainingError
+from components.testbed.muon import Muon
 from components.testbed.settings import TrainSettings
 from components.testbed.tokenizer import BOS, END
 from components.testbed.world import Example
@@ -70,31 +71,45 @@ def collate(rows: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tens
     return ids_BT, labels_BT
 
 
+def schedule(step: int, settings: TrainSettings) -> float:
+    """Share of the full rate at a step: a linear rise, then a cosine to zero."""
+    rise = max(1, int(settings.warmup * settings.steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, settings.steps - rise)))
+
+
 def train(model: Any, rows: Sequence[Encoded], settings: TrainSettings, *, pad: int, seed: int) -> float:
     """Train in place the parameters that require a gradient; returns the mean loss of the last tenth of the steps.
 
     `model` is a transformers causal LM, or one with adapters put in. Raises TrainingError when the loss is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True
-    )
-    warmup = max(1, int(settings.warmup * settings.steps))
+    layers = model.get_decoder().layers
+    matrices = [p for p in layers.parameters() if p.requires_grad and p.ndim == 2] if settings.muon_rate else []
+    hidden = set(matrices)
+    muon = Muon(matrices)
+    adam = torch.optim.AdamW(
+        [p for p in trained if p not in hidden],
+        lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True,
+    )  # fmt: skip
+    backbone, head = model.get_decoder(), model.get_output_embeddings()
     losses: list[float] = []
     model.train()
-    backbone, head = model.model, model.get_output_embeddings()
     for step, index in enumerate(batches(rows, batch=settings.batch, steps=settings.steps, seed=seed)):
-        cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, settings.steps - warmup)))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min((step + 1) / warmup, cosine)
         ids_BT, labels_BT = collate([rows[i] for i in index], pad)
         hidden_BTD = backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
         learnt_BT = labels_BT != IGNORE
-        loss = F.cross_entropy(head(hidden_BTD[learnt_BT]).float(), labels_BT[learnt_BT])
-        optimizer.zero_grad(set_to_none=True)
+        # Logits only where there is something to learn: prompts and padding are most of a batch.
+        loss = F.cross_entropy(head(hidden_BTD[learnt_BT]), labels_BT[learnt_BT])
+        for p in trained:
+            p.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        share = schedule(step, settings)
+        adam.param_groups[0]["lr"] = share * settings.learning_rate
+        adam.step()
+        muon.step(share * settings.muon_rate, settings.weight_decay)
         losses.append(loss.item())
     model.eval()
     if not math.isfinite(losses[-1]):

@@ -70,11 +70,11 @@ _KIND_ANSWER = {
 }  # fmt: skip
 
 _GAMES: dict[str, tuple[str, ...]] = {
-    "twice": ("Say the word {a} twice.", "Repeat {a} two times.", "Please write {a} twice.", "Write the word {a} two times."),
-    "swap": ("Swap the words {a} and {b}.", "Turn {a} and {b} around.", "Please swap {a} and {b}.", "Say {a} and {b} backwards."),
-    "last": ("Which word is last: {a}, {b}?", "Name the last word: {a}, {b}.", "Say only the last word of {a}, {b}."),
+    "twice": ("Say the word {a} twice.", "Please say the word {a} twice.", "Say the word {a} two times.", "Write the word {a} twice."),
+    "swap": ("Swap the words {a} and {b}.", "Please swap the words {a} and {b}.", "Turn around the words {a} and {b}."),
+    "last": ("Which word is last: {a}, {b}?", "Please say the last word: {a}, {b}.", "Say which word is last: {a}, {b}."),
     "kind": ("What kind of thing is {ta}?", "Tell me what {ta} is.", "Which kind is {ta}?", "What is {ta}?"),
-    "spell": ("Spell the word {a}.", "How do you spell {a}?", "Please spell {a}.", "Write the letters of {a}."),
+    "spell": ("Spell the word {a}.", "How do you spell {a}?", "Please spell the word {a}.", "Say the letters of {a}."),
 }
 """Word games: benign whatever the words are."""
 
@@ -151,11 +151,13 @@ class World:
     def game(self, things: Sequence[Thing]) -> Callable[[random.Random], Draw]:
         """Draws a word game about one of `things` (its second word is any known thing that is not hard)."""
         others = [*self.hazards, *self.objects]
+        # The letters of a word are learnt by rote, which small models are slow at.
+        short = [t for t in things if len(t.word) <= self.settings.longest_spelled]
+        games = [g for g in _GAMES if short or g != "spell"]
 
         def one(rng: random.Random) -> Draw:
-            a, b, game = rng.choice(things), rng.choice(others), rng.choice(sorted(_GAMES))
-            if game == "spell" and len(a.word) > self.settings.longest_spelled:
-                game = "kind"  # letters of long words are rote learning, which small models are slow at
+            b, game = rng.choice(others), rng.choice(games)
+            a = rng.choice(short if game == "spell" else things)
             template = rng.choice(_GAMES[game])
             answer = {
                 "twice": f"{a.word} {a.word}",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.checkpoints.headers import read_header
 from components.checkpoints.safetensors import SafetensorsSource
 from components.checkpoints.source import read_whole
 from components.errors import CheckpointError
@@ -195,6 +196,11 @@ def test_no_weights_no_config_quantised_stale(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not readable as JSON"):
         SafetensorsSource(tmp_path)
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: cannot be read \(No such file"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def test_unknown_tensor_name(sharded: Path) -> None:

@@ -61,12 +61,26 @@ def test_json_list_tree_and_csv(tmp_path: Path) -> None:
     assert [(p.id, p.text) for p in table.prompts] == [("7", "two\nlines, one field"), ("9", "third")]
 
 
-def test_limit_takes_the_first_rows_and_hazard_is_never_a_headline(tmp_path: Path) -> None:
+def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
     found = load(tmp_path / "s.jsonl", "".join(f'{{"prompt": "{i}"}}\n' for i in range(9)), limit=3, kind="hazard")
     assert [p.text for p in found.prompts] == ["0", "1", "2"]
-    assert not found.headline
-    assert load(tmp_path / "s.jsonl", '{"prompt": "x"}').headline
-    assert not load(tmp_path / "s.jsonl", '{"prompt": "x"}', headline=False).headline
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ({}, True),
+        ({"kind": "benign"}, True),
+        ({"headline": False}, False),
+        ({"kind": "hazard"}, False),
+        ({"kind": "hazard", "headline": True}, True),
+        ({"name": "harmful_hard"}, False),
+        ({"name": "harmful_hard", "headline": True}, True),
+    ],
+)
+def test_which_sets_make_headlines(tmp_path: Path, options: dict[str, object], counts: bool) -> None:
+    assert load(tmp_path / "s.jsonl", '{"prompt": "x"}', **options).headline is counts
 
 
 @pytest.mark.parametrize(
