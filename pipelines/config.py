@@ -145,7 +145,7 @@ class ExecutionSection(Section):
     """CPU threads of each stage. Equal bytes are promised for an equal number."""
     workers: int | None = Field(default=None, ge=1)
     """CPUs that stages share; by default all of this machine."""
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=256, ge=1)
     """Prompts generated together."""
 
 

@@ -22,12 +22,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 BLOCK = 65_536
 """Hash words under one key; also the span that is worked on at once, small enough for a core's cache."""
+
+Segment = tuple[str, int, int]
+"""(tensor name, start, stop): positions of a tensor."""
 
 _MULTIPLY_1, _MULTIPLY_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
@@ -49,19 +52,18 @@ def _xorshift_(x: torch.Tensor, bits: int, scratch: torch.Tensor) -> torch.Tenso
     return x.bitwise_xor_(shifted.bitwise_and_(_scalar_like((1 << (32 - bits)) - 1, x)))
 
 
-def _mix_(x: torch.Tensor, scratch: torch.Tensor, add: int = 0) -> torch.Tensor:
-    """The lowbias32 finaliser (https://nullprogram.com/blog/2018/07/31/) without its first shift, in place on int32."""
-    x = _xorshift_(x.mul_(_scalar_like(_MULTIPLY_1, x)), 15, scratch)
-    if add:
-        x.add_(add)
-    return _xorshift_(x.mul_(_scalar_like(_MULTIPLY_2, x)), 16, scratch)
+def _scramble_(x: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """The last three steps of lowbias32 (https://nullprogram.com/blog/2018/07/31/) in place on int32."""
+    x = _xorshift_(x, 15, scratch).mul_(_scalar_like(_MULTIPLY_2, x))
+    return _xorshift_(x, 16, scratch)
 
 
 @functools.cache
 def _counters(device: str) -> torch.Tensor:
-    """Hashed positions within a block, [BLOCK] int32: the half of the hash that no key enters is computed once."""
-    scratch = torch.empty(BLOCK, dtype=torch.int32, device=device)
-    return _mix_(_xorshift_(torch.arange(BLOCK, dtype=torch.int32, device=device), 16, scratch), scratch)
+    """lowbias32 of the positions within a block, [BLOCK] int32: the half of the hash that no key enters is done once."""
+    x = torch.arange(BLOCK, dtype=torch.int32, device=device)
+    scratch = torch.empty_like(x)
+    return _scramble_(_xorshift_(x, 16, scratch).mul_(_scalar_like(_MULTIPLY_1, x)), scratch)
 
 
 def _keys(seed: int, name: str, step: int, block: int) -> tuple[int, int]:
@@ -69,18 +71,37 @@ def _keys(seed: int, name: str, step: int, block: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
 
 
+def _hashed(seed: int, step: int, ranges: Sequence[Segment], device: str) -> torch.Tensor:
+    """Words start … stop−1 of each stream (seed, name, step), one after the other: 1-D int32. One pass for all ranges, because
+    small tensors cost more in calls than in elements."""
+    counters, pieces = _counters(device), []
+    for name, start, stop in ranges:
+        while start < stop:
+            block, low = divmod(start, BLOCK)
+            high = min(stop - block * BLOCK, BLOCK)
+            pieces.append((low, high, _keys(seed, name, step, block)))
+            start = block * BLOCK + high
+    words = torch.empty(sum(high - low for low, high, _ in pieces), dtype=torch.int32, device=device)
+    if not pieces:
+        return words
+    keys = torch.tensor([key for _, _, key in pieces], dtype=torch.int32, device=device)
+    parts = words.split([high - low for low, high, _ in pieces])  # type: ignore[no-untyped-call]
+    for (low, high, _), part, key in zip(pieces, parts, keys[:, 0].unbind(), strict=True):
+        torch.bitwise_xor(counters[low:high], key, out=part)
+    words.mul_(_scalar_like(_MULTIPLY_1, words))
+    for part, key in zip(parts, keys[:, 1].unbind(), strict=True):
+        part.add_(key)
+    return _scramble_(words, torch.empty_like(words))
+
+
 def hash_words(
     *, seed: int, name: str, step: int, start: int, stop: int, device: str = "cpu"
 ) -> Iterator[torch.Tensor]:
     """Uniform int32 words start … stop−1 of the stream (seed, name, step), in pieces that end at block borders."""
-    counters = _counters(device)
-    scratch = torch.empty(min(stop - start, BLOCK), dtype=torch.int32, device=device)
     while start < stop:
-        block, low = divmod(start, BLOCK)
-        high = min(stop - block * BLOCK, BLOCK)
-        first, second = _keys(seed, name, step, block)
-        yield _mix_(torch.bitwise_xor(counters[low:high], first), scratch, add=second)
-        start = block * BLOCK + high
+        high = min(stop, (start // BLOCK + 1) * BLOCK)
+        yield _hashed(seed, step, [(name, start, high)], device)
+        start = high
 
 
 def uniform_noise(*, seed: int, name: str, step: int, start: int, stop: int, device: str = "cpu") -> torch.Tensor:
@@ -94,26 +115,31 @@ def uniform_noise(*, seed: int, name: str, step: int, start: int, stop: int, dev
     return out.add_(0.5)
 
 
-def mask_uniforms(*, seed: int, name: str, step: int, start: int, stop: int, device: str = "cpu") -> torch.Tensor:
-    """The u of a mask sample at positions [start, stop): 1-D fp32 on the open (0, 1), odd multiples of 2⁻¹⁷.
+def mask_uniforms(*, seed: int, step: int, segments: Sequence[Segment], device: str = "cpu") -> torch.Tensor:
+    """The u of a mask sample at the positions of `segments`, one after the other: 1-D fp32 on the open (0, 1), odd multiples
+    of 2⁻¹⁷.
 
-    Two positions share a hash word, 16 bits each: half the cost of `uniform_noise`, and |log u − log(1−u)| ≤ 11.8.
+    Two positions share a hash word, 16 bits each: half the cost of `uniform_noise`, and |log u − log(1−u)| ≤ 11.8. Meant for
+    some 2 × BLOCK elements at once.
     """
-    first = start // 2
-    words = list(hash_words(seed=seed, name=name, step=step, start=first, stop=(stop + 1) // 2, device=device))
-    out = torch.empty(sum(word.numel() for word in words) * 2, device=device)
-    at = 0
-    for word in words:
-        out[at : at + 2 * word.numel()].copy_(word.view(torch.int16))
-        at += 2 * word.numel()
-    # (h + ½)/2¹⁶ + ½, exact in fp32, in one operation.
-    torch.add(_scalar_like(0.5 + 2.0**-17, out), out, alpha=2.0**-16, out=out)
-    return out[start - 2 * first : stop - 2 * first]
+    ranges = [(name, start // 2, (stop + 1) // 2) for name, start, stop in segments]
+    halves = _hashed(seed, step, ranges, device).view(torch.int16)
+    out = torch.empty(sum(stop - start for _, start, stop in segments), device=device)
+    if out.numel() == halves.numel():
+        out.copy_(halves)
+    else:
+        at = position = 0
+        for (_, start, stop), (_, first, last) in zip(segments, ranges, strict=True):
+            begin = position + start - 2 * first
+            out[at : at + stop - start].copy_(halves[begin : begin + stop - start])
+            at, position = at + stop - start, position + 2 * (last - first)
+    # (h + ½)/2¹⁶ + ½ for h in [−2¹⁵, 2¹⁵), exact in fp32, in one operation.
+    return torch.add(_scalar_like(0.5 + 2.0**-17, out), out, alpha=2.0**-16, out=out)
 
 
-def logistic_noise(*, seed: int, name: str, step: int, start: int, stop: int, device: str = "cpu") -> torch.Tensor:
+def logistic_noise(*, seed: int, step: int, segments: Sequence[Segment], device: str = "cpu") -> torch.Tensor:
     """log u − log(1−u) of `mask_uniforms`, 1-D fp32."""
-    return mask_uniforms(seed=seed, name=name, step=step, start=start, stop=stop, device=device).logit_()
+    return mask_uniforms(seed=seed, step=step, segments=segments, device=device).logit_()
 
 
 def concrete_sample(logits: torch.Tensor, noise: torch.Tensor | None, temperature: float) -> torch.Tensor:

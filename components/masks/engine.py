@@ -122,7 +122,7 @@ class TorchEngine:
     def __init__(self, masked: MaskedModel) -> None:
         self.masked = masked
         self.settings = masked.settings
-        self._moments = [(torch.zeros_like(s.logits), torch.zeros_like(s.logits)) for s in masked.slices]
+        self._moments = [(torch.zeros_like(p.logits), torch.zeros_like(p.logits)) for p in masked.packs]
         self._updates = 0
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -192,27 +192,30 @@ class TorchEngine:
 
     def save(self, directory: Path) -> None:
         """See Engine."""
-        tensors: dict[str, torch.Tensor] = {}
-        for s, (first, second) in zip(self.masked.slices, self._moments, strict=True):
-            tensors |= {f"logits/{s.name}": s.logits, f"first/{s.name}": first, f"second/{s.name}": second}
+        tensors = {key: tensor.clone() for key, tensor in self._state()}
         save_file(tensors, directory / STATE_FILE, metadata={"updates": str(self._updates)})
 
     def load(self, directory: Path) -> None:
         """See Engine."""
         tensors, updates = _read_state(directory / STATE_FILE)
-        wanted = {
-            f"{kind}/{s.name}": s.logits.shape for s in self.masked.slices for kind in ("logits", "first", "second")
-        }
-        wrong = sorted({k for k, t in tensors.items() if wanted.get(k) != t.shape} | (set(wanted) - set(tensors)))
+        mine = dict(self._state())
+        wrong = sorted(key for key in mine.keys() | tensors if key not in mine or key not in tensors)
+        wrong += [key for key in mine.keys() & tensors if mine[key].shape != tensors[key].shape]
         if wrong:
             raise StorageError(
                 f"{directory}: training state of another model: {listed(wrong)}; delete it to start anew"
             )
-        for s, (first, second) in zip(self.masked.slices, self._moments, strict=True):
-            s.logits.copy_(tensors[f"logits/{s.name}"])
-            first.copy_(tensors[f"first/{s.name}"])
-            second.copy_(tensors[f"second/{s.name}"])
+        for key, tensor in mine.items():
+            tensor.copy_(tensors[key])
         self._updates = updates
+
+    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Logits and moments by tensor, as views: the files do not know of packs."""
+        for pack, (first, second) in zip(self.masked.packs, self._moments, strict=True):
+            for i, begin, end in pack.split(0, pack.numel):
+                name = self.masked.slices[i].name
+                for kind, flat in (("logits", pack.logits), ("first", first), ("second", second)):
+                    yield f"{kind}/{name}", flat[begin:end]
 
     @torch.no_grad()
     def _adam(self, gradients: Sequence[torch.Tensor]) -> None:
@@ -222,11 +225,11 @@ class TorchEngine:
         correct_1 = 1 - s.adam_beta1**self._updates
         correct_2 = 1 - s.adam_beta2**self._updates
         rate = s.learning_rate / correct_1
-        for masked, (first, second), gradient in zip(self.masked.slices, self._moments, gradients, strict=True):
+        for pack, (first, second), gradient in zip(self.masked.packs, self._moments, gradients, strict=True):
             first.lerp_(gradient, 1 - s.adam_beta1)
             second.mul_(s.adam_beta2).addcmul_(gradient, gradient, value=1 - s.adam_beta2)
             scale = second.sqrt().mul_(1 / math.sqrt(correct_2)).add_(s.adam_epsilon)
-            masked.logits.addcdiv_(first, scale, value=-rate)
+            pack.logits.addcdiv_(first, scale, value=-rate)
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:

@@ -18,7 +18,8 @@ from components.errors import DataError, StorageError
 from components.masks.anchor import Anchor, answer, sequence_log_probs, teachers
 from components.masks.artifact import MaskArtifact, write_artifact
 from components.masks.engine import Batch, Engine, ScoredPair, TorchEngine
-from components.masks.masked_model import MaskedModel, build_masked_model, load_model
+from components.masks.loading import build_masked_model, load_model
+from components.masks.masked_model import MaskedModel
 from components.masks.preferences import (
     Pair,
     Schedule,

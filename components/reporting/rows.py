@@ -15,8 +15,6 @@ class Column:
     title: str
     metric: str
     set: str | None = None
-    good_low: bool = True
-    """Whether small is good."""
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -25,7 +23,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("hard ASR", "asr", set="harmful_hard"),
     Column("over-refusal", "over_refusal"),
     Column("hazard over-refusal", "over_refusal", set="hazard"),
-    Column("task", "task", good_low=False),
+    Column("task", "task"),
 )
 """A column that no model of a run has is not shown."""
 

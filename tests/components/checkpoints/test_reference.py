@@ -56,7 +56,7 @@ def test_a_moved_family_still_fits(family: Path, tmp_path: Path) -> None:
 def test_an_equal_copy_of_the_named_base_fits_and_another_model_does_not(family: Path) -> None:
     shutil.copytree(family / "aligned", family / "copy")
     assert open_checkpoint(family / "adapter", base=family / "copy").notes == ()
-    with pytest.raises(CheckpointError, match=r"was trained on \.\./aligned, not on .*/other; .*base_declared_equal"):
+    with pytest.raises(CheckpointError, match=r"was trained on \.\./aligned, not on .*/other; .*base_equal"):
         open_checkpoint(family / "adapter", base=family / "other")
     declared = open_checkpoint(family / "adapter", base=family / "other", base_declared_equal=True)
     assert declared.notes == ("base other declared equal to the adapter's '../aligned'",)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -27,16 +28,15 @@ MASK32 = (1 << 32) - 1
 
 
 def slow_word(seed: int, name: str, step: int, position: int) -> int:
-    """lowbias32 of the position, with a key xored in before and one added within a second round, in Python integers."""
+    """lowbias32 of the position, then of its result with one key xored in before the first multiplication (and no first
+    shift) and one added after it; in Python integers."""
     block, at = divmod(position, BLOCK)
     digest = hashlib.blake2b(f"{seed}\0{name}\0{step}\0{block}".encode(), digest_size=8).digest()
     first, second = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
     x = at ^ (at >> 16)
     for key, add in ((0, 0), (first, second)):
-        x ^= key
-        x = (x * 0x7FEB352D) & MASK32
+        x = ((x ^ key) * 0x7FEB352D + add) & MASK32
         x ^= x >> 15
-        x = (x + add) & MASK32
         x = (x * 0x846CA68B) & MASK32
         x ^= x >> 16
     return x
@@ -51,33 +51,48 @@ def test_uniforms_are_the_hash_of_their_position(position: int) -> None:
     assert got.tolist() == [expected]
     halves = [(word & 0xFFFF), (word >> 16)]
     expected_pair = [((h - 65536 if h >> 15 else h) + 0.5) / 2**16 + 0.5 for h in halves]
-    pair = mask_uniforms(seed=5, name="layer.weight", step=9, start=2 * position, stop=2 * position + 2)
+    pair = mask_uniforms(seed=5, step=9, segments=[("layer.weight", 2 * position, 2 * position + 2)])
     assert pair.tolist() == expected_pair
 
 
-@pytest.mark.parametrize("draw", [uniform_noise, mask_uniforms, logistic_noise])
-def test_any_slice_has_the_bits_of_the_whole(draw: object) -> None:
-    n = 3 * BLOCK + 101
-    whole = draw(seed=1, name="w", step=4, start=0, stop=n)  # type: ignore[operator]
+def one_tensor(draw: Any) -> Any:
+    """A drawing over segments with the arguments of `uniform_noise`."""
+    return lambda *, seed, name, step, start, stop: draw(seed=seed, step=step, segments=[(name, start, stop)])
+
+
+DRAWS = {"uniform": uniform_noise, "mask": one_tensor(mask_uniforms), "logistic": one_tensor(logistic_noise)}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_any_slice_has_the_bits_of_the_whole(kind: str) -> None:
+    draw, n = DRAWS[kind], 3 * BLOCK + 101
+    whole = draw(seed=1, name="w", step=4, start=0, stop=n)
     assert whole.shape == (n,)
     assert whole.dtype == torch.float32
     cuts = [0, 1, 2, 17, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 3, 2 * BLOCK + 5, 3 * BLOCK + 100, n]
-    for start, stop in itertools.pairwise(cuts):
-        part = draw(seed=1, name="w", step=4, start=start, stop=stop)  # type: ignore[operator]
-        assert torch.equal(part, whole[start:stop])
-    assert draw(seed=1, name="w", step=4, start=7, stop=7).numel() == 0  # type: ignore[operator]
+    for start, stop in pairwise(cuts):
+        assert torch.equal(draw(seed=1, name="w", step=4, start=start, stop=stop), whole[start:stop])
+    assert draw(seed=1, name="w", step=4, start=7, stop=7).numel() == 0
 
 
-@pytest.mark.parametrize("draw", [uniform_noise, mask_uniforms])
-def test_uniforms_are_uniform_open_and_symmetric(draw: object) -> None:
+def test_segments_drawn_together_have_the_bits_of_each_alone() -> None:
+    segments = [("a", 0, 10), ("b", 3, 8), ("c", 5, 6), ("a", 7, 7), ("d", 2 * BLOCK - 4, 2 * BLOCK + 5), ("a", 1, 2)]
+    together = mask_uniforms(seed=2, step=1, segments=segments)
+    alone = [mask_uniforms(seed=2, step=1, segments=[segment]) for segment in segments]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(alone[5], alone[0][1:2])
+
+
+@pytest.mark.parametrize("kind", ["uniform", "mask"])
+def test_uniforms_are_uniform_open_and_symmetric(kind: str) -> None:
     n = 1_500_000
-    u = draw(seed=3, name="model.embed", step=0, start=0, stop=n)  # type: ignore[operator]
+    u = DRAWS[kind](seed=3, name="model.embed", step=0, start=0, stop=n)
     assert 0 < u.min() < 1e-4
     assert 1 - 1e-4 < u.max() < 1
     counts = torch.histc(u, bins=1024, min=0, max=1)
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
     assert u.mean(dtype=torch.float64).item() == pytest.approx(0.5, abs=4 / math.sqrt(12 * n))
-    # Serial correlation at several lags, with 2, 4, … (positions in one word) among them: |r| < 4.5/√n.
+    # Serial correlation at several lags, 1 (positions in one word) among them: |r| < 4.5/√n.
     centred = u.double() - 0.5
     for lag in (1, 2, 3, 64, 1000, BLOCK, 2 * BLOCK):
         r = (centred[:-lag] * centred[lag:]).mean() * 12
@@ -90,7 +105,7 @@ def test_uniforms_are_uniform_open_and_symmetric(draw: object) -> None:
 def test_streams_of_other_seeds_names_and_steps_are_independent() -> None:
     n = 400_000
     streams = [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1), (0, "a", 2)]
-    drawn = [mask_uniforms(seed=s, name=name, step=t, start=0, stop=n).double() - 0.5 for s, name, t in streams]
+    drawn = [mask_uniforms(seed=s, step=t, segments=[(name, 0, n)]).double() - 0.5 for s, name, t in streams]
     for i, one in enumerate(drawn):
         for other in drawn[i + 1 :]:
             assert abs((one * other).mean().item() * 12) < 4.5 / math.sqrt(n)
@@ -104,8 +119,8 @@ def test_uniforms_of_one_position_over_steps_are_uniform() -> None:
 
 
 def test_logistic_noise_is_the_logit_of_its_uniforms() -> None:
-    u = mask_uniforms(seed=2, name="w", step=0, start=0, stop=200_000).double()
-    noise = logistic_noise(seed=2, name="w", step=0, start=0, stop=200_000)
+    u = mask_uniforms(seed=2, step=0, segments=[("w", 0, 200_000)]).double()
+    noise = logistic_noise(seed=2, step=0, segments=[("w", 0, 200_000)])
     torch.testing.assert_close(noise.double(), torch.log(u) - torch.log1p(-u), rtol=1e-5, atol=1e-6)
     assert stats.kstest(noise[:20_000].numpy(), "logistic").pvalue > 1e-3
     assert noise.abs().max() < 11.79
@@ -124,7 +139,7 @@ def test_concrete_sample_is_its_formula() -> None:
 
 def test_a_sample_exceeds_half_as_often_as_the_soft_mask_says() -> None:
     logits = torch.full((400_000,), 0.7)
-    noise = logistic_noise(seed=0, name="w", step=0, start=0, stop=400_000)
+    noise = logistic_noise(seed=0, step=0, segments=[("w", 0, 400_000)])
     for temperature in (1.0, 0.05):
         share = (concrete_sample(logits, noise, temperature) > 0.5).float().mean().item()
         assert share == pytest.approx(soft_mask(logits)[0].item(), abs=0.003)

@@ -12,7 +12,8 @@ from components.errors import CheckpointError, ConfigError
 from components.masks.anchor import Anchor
 from components.masks.concrete import mask_uniforms
 from components.masks.engine import Batch, ScoredPair, TorchEngine, batch_losses
-from components.masks.masked_model import MaskedModel, build_masked_model
+from components.masks.loading import build_masked_model
+from components.masks.masked_model import MaskedModel
 from components.masks.objective import Row, Teacher
 from components.masks.preferences import Pair
 from components.masks.settings import MaskSettings, resolve
@@ -148,13 +149,18 @@ SETTINGS = {
 }
 
 
+def by_slice(built: MaskedModel, packed: list[torch.Tensor]) -> list[torch.Tensor]:
+    parts = zip(built.packs, packed, strict=True)
+    return [flat[begin:end] for p, flat in parts for _, begin, end in p.split(0, p.numel)]
+
+
 def literal_loss(built: MaskedModel, batch: Batch, step: int, logits: list[torch.Tensor]) -> torch.Tensor:
     """The objective written out with autograd through functional weights: the reference for the closed form."""
     st, weights = built.settings, {}
     temperature = st.temperature(step)
     penalty = torch.zeros((), dtype=torch.float64)
     for s, ell in zip(built.slices, logits, strict=True):
-        u = mask_uniforms(seed=st.seed, name=s.name, step=step, start=0, stop=s.numel).double()
+        u = mask_uniforms(seed=st.seed, step=step, segments=[(s.name, 0, s.numel)]).double()
         noise = torch.log(u) - torch.log(1 - u) if st.stochastic else 0.0
         mask = torch.sigmoid((ell + noise) / temperature)
         if st.relaxation == "straight_through":
@@ -186,7 +192,7 @@ def closed_form(built: MaskedModel, batch: Batch, step: int) -> tuple[float, lis
     built.write_sample(step)
     found = batch_losses(built.model, batch, beta=built.settings.beta, anchor_weight=built.settings.anchor_weight)
     torch.autograd.backward(found.loss)
-    return float(found.loss.detach()), built.logit_gradients()
+    return float(found.loss.detach()), by_slice(built, built.logit_gradients())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -324,7 +330,7 @@ def test_slices_with_summed_statistics_equal_whole_tensors() -> None:
         model = part(rank, lambda _sums, totals=totals: next(totals))
         model.write_sample(4)
         joined_weights[rank] = [s.weights.clone() for s in model.slices]
-        joined[rank] = model.logit_gradients()
+        joined[rank] = by_slice(model, model.logit_gradients())
     for i in range(len(whole.slices)):
         got = torch.cat([joined_weights[0][i], joined_weights[1][i]])
         torch.testing.assert_close(got, weights[i], rtol=1e-13, atol=1e-15)

@@ -85,7 +85,7 @@ def test_every_number_of_the_summary_is_there() -> None:
         "Keeps 86 % of the delta's weights; the soft mask's mean is 84 %",
         "model.embed_tokens.weight 42",
         "Norm 3.217 (4.21 % of the aligned weights'); 6.5 % of the weights did not move",
-        "en: 0.312",
+        "Cosine with the delta of en: 0.312.",
         "24.6 s",
         "1 min 6 s",
         "3 min 32 s",
