@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from components.masks.objective import Row, Teacher, score, teach
+from components.masks.objective import Teacher, score, teach
+from components.masks.preferences import Row
 
 GENERATE_BATCH = 64
 """Prompts answered at once."""

@@ -1,10 +1,10 @@
 """Concrete (relaxed Bernoulli) masks as plain tensor functions, and the counted noise they are drawn with.
 
 Noise is a stateless integer hash of (seed, tensor name, step, position): any slice [start, stop) of a tensor has the
-same bits whoever computes it, and nothing is stored between forward and backward.
+same bits whoever computes it, and nothing need be stored between forward and backward. The uniforms are equal to the bit; what
+follows a logarithm or a sigmoid is equal to its last bit or two, whose rounding may depend on the place in a vector.
 
-The weights under a mask are, per tensor, with a = aligned, f = finetuned, δ = f − a, N elements (arXiv 2405.09055, eq.
-4-6):
+The weights under a mask are, per tensor, with a = aligned, f = finetuned, δ = f − a, N elements (arXiv 2405.09055):
 
     s = σ((ℓ + log u − log(1−u)) / T)         relaxed sample
     h = s, or 1[s > ½] for straight-through   what multiplies δ

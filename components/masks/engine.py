@@ -32,12 +32,23 @@ class ScoredPair:
 
 @dataclass(frozen=True)
 class Batch:
-    """All examples of one global step; an engine of several workers takes its share of each tuple. Sums over examples
-    are divided by the global counts, so the loss does not depend on how the batch is split."""
+    """The examples of one global step, or one of several disjoint shares of them. Losses are sums over a share's examples
+    divided by the *whole* batch's counts, so the shares' losses, metrics and gradients add up to those of the batch,
+    whoever computes them."""
 
     step: int
     pairs: tuple[ScoredPair, ...]
     anchors: tuple[Anchor, ...] = ()
+    counts: tuple[int, int] | None = None
+    """Pairs and answer tokens of the whole batch; None: this is the whole."""
+
+    def totals(self) -> tuple[int, int]:
+        """Pairs and answer tokens of the whole batch."""
+        return self.counts or (len(self.pairs), sum(a.row.response for a in self.anchors))
+
+    def share(self, index: int, shares: int) -> Batch:
+        """One of `shares` parts: every `shares`-th pair and anchor from `index` on."""
+        return Batch(self.step, self.pairs[index::shares], self.anchors[index::shares], self.totals())
 
 
 class Engine(Protocol):
@@ -70,73 +81,55 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over the examples of a batch: DPO and accuracy over pairs, KL over answer tokens."""
+    """What a share adds to its batch's loss (with its graph) and to its metrics."""
 
     loss: torch.Tensor
-    dpo: float
-    accuracy: float
-    margin: float
-    kl: float | None
-    tokens: int
-    """Answer tokens that the KL is a mean over."""
-
-    def metrics(self) -> dict[str, float]:
-        """As they are logged."""
-        found = {
-            "loss": float(self.loss.detach()),
-            "dpo_loss": self.dpo,
-            "dpo_accuracy": self.accuracy,
-            "reward_margin": self.margin,
-        }
-        return found if self.kl is None else found | {"anchor_kl": self.kl}
+    metrics: dict[str, float]
 
 
 def batch_losses(model: torch.nn.Module, batch: Batch, *, beta: float, anchor_weight: float) -> Losses:
     """Mean DPO loss over pairs + anchor weight × mean KL over answer tokens, all rows in as few forwards as pay."""
-    pairs = batch.pairs
+    pairs, (total_pairs, total_tokens) = batch.pairs, batch.totals()
     rows = [r for p in pairs for r in (p.pair.chosen, p.pair.rejected)] + [a.row for a in batch.anchors]
     scored = score(model, rows)
     policy = scored.sequences()[: 2 * len(pairs)].view(-1, 2)
-    reference = torch.tensor([p.reference for p in pairs], dtype=policy.dtype, device=policy.device)
+    reference = torch.tensor([p.reference for p in pairs], dtype=policy.dtype, device=policy.device).view(-1, 2)
     losses, margins = sigmoid_dpo(policy, reference, beta)
-    loss = dpo = losses.mean()
-    kl, tokens = None, 0
-    if batch.anchors:
-        total, tokens = anchor_kl(scored, {2 * len(pairs) + i: a.teacher for i, a in enumerate(batch.anchors)})
-        kl = total / tokens
-        loss = dpo + anchor_weight * kl
+    loss = dpo = losses.sum() / total_pairs
     margins = margins.detach()
-    return Losses(
-        loss=loss,
-        dpo=float(dpo.detach()),
-        accuracy=float((margins > 0).double().mean()),
-        margin=float(margins.mean()),
-        kl=None if kl is None else float(kl.detach()),
-        tokens=tokens,
-    )
+    metrics = {
+        "dpo_loss": float(dpo.detach()),
+        "dpo_accuracy": float((margins > 0).double().sum()) / total_pairs,
+        "reward_margin": float(margins.sum()) / total_pairs,
+    }
+    if batch.anchors:
+        kl = anchor_kl(scored, {2 * len(pairs) + i: a.teacher for i, a in enumerate(batch.anchors)}) / total_tokens
+        loss = dpo + anchor_weight * kl
+        metrics["anchor_kl"] = float(kl.detach())
+    return Losses(loss, {"loss": float(loss.detach()), **metrics})
 
 
 class TorchEngine:
-    """One process, whole tensors, Adam on the logits."""
+    """One process, whole tensors, Adam on the logits. A step's rows go forward and backward in `accumulate` parts under the
+    same sample: less memory for activations, the same step up to rounding."""
 
-    def __init__(self, masked: MaskedModel) -> None:
+    def __init__(self, masked: MaskedModel, *, accumulate: int = 1) -> None:
         self.masked = masked
         self.settings = masked.settings
+        self._accumulate = accumulate
         self._moments = [(torch.zeros_like(p.logits), torch.zeros_like(p.logits)) for p in masked.packs]
         self._updates = 0
 
     def step(self, batch: Batch) -> dict[str, float]:
         """See Engine."""
         self.masked.write_sample(batch.step)
-        found = self._losses(batch)
-        metrics = found.metrics()
+        metrics = self._backward(batch)
         if not math.isfinite(metrics["loss"]):
             lines = listed([str(p.pair.line) for p in batch.pairs], 32)
             raise TrainingError(
                 f"mask training: the loss is {metrics['loss']} at step {batch.step}, preference lines {lines}; "
                 "lower mask.learning_rate or look at these rows"
             )
-        torch.autograd.backward(found.loss)
         gradients = self.masked.logit_gradients()
         norm = torch.stack([g.square().sum(dtype=torch.float64) for g in gradients]).sum().sqrt().item()
         metrics["gradient_norm"] = norm
@@ -155,25 +148,19 @@ class TorchEngine:
     def evaluate(self, batch: Batch, weights: Weights) -> dict[str, float]:
         """See Engine."""
         self.masked.write(weights)
-        parts = []
-        for at in range(0, len(batch.pairs), EVALUATE_BATCH):
-            # Anchors travel with the pairs in equal shares, so that a large evaluation needs no large forward.
-            until = min(at + EVALUATE_BATCH, len(batch.pairs))
-            low, high = (len(batch.anchors) * i // len(batch.pairs) for i in (at, until))
-            parts.append(Batch(batch.step, batch.pairs[at:until], batch.anchors[low:high]))
-        found = [self._losses(part) for part in parts]
-        pairs = [len(part.pairs) for part in parts]
-        dpo = _mean([f.dpo for f in found], pairs)
-        metrics = {
-            "loss": dpo,
-            "dpo_loss": dpo,
-            "dpo_accuracy": _mean([f.accuracy for f in found], pairs),
-            "reward_margin": _mean([f.margin for f in found], pairs),
-        }
-        if batch.anchors:
-            metrics["anchor_kl"] = _mean([f.kl or 0.0 for f in found], [f.tokens for f in found])
-            metrics["loss"] += self.settings.anchor_weight * metrics["anchor_kl"]
-        return metrics
+        parts = -(-len(batch.pairs) // EVALUATE_BATCH)
+        return _added([self._losses(batch.share(i, parts)).metrics for i in range(parts)])
+
+    def _backward(self, batch: Batch) -> dict[str, float]:
+        """Leave the batch's gradients in the parameters; its metrics."""
+        found = []
+        for i in range(self._accumulate):
+            part = batch.share(i, self._accumulate)
+            if part.pairs or part.anchors:
+                losses = self._losses(part)
+                torch.autograd.backward(losses.loss)
+                found.append(losses.metrics)
+        return _added(found)
 
     def _losses(self, batch: Batch) -> Losses:
         return batch_losses(
@@ -232,8 +219,9 @@ class TorchEngine:
             pack.logits.addcdiv_(first, scale, value=-rate)
 
 
-def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
-    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+def _added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a batch from those of its shares."""
+    return {key: sum(part.get(key, 0.0) for part in parts) for key in max(parts, key=len)}
 
 
 def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], int]:

@@ -13,21 +13,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from components.masks.preferences import Row
+
 GROUP_OVERHEAD = 200
 """Padding tokens worth saving by one more forward call when rows are grouped by length."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A tokenised prompt and response; `prompt` tokens come first, only the response is scored."""
-
-    tokens: tuple[int, ...]
-    prompt: int
-
-    @property
-    def response(self) -> int:
-        """Tokens that are scored."""
-        return len(self.tokens) - self.prompt
 
 
 @dataclass(frozen=True)
@@ -144,9 +133,9 @@ def _log_rest(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.log((1.0 - log_probs.exp().sum(dim=-1)).clamp_min(tiny))
 
 
-def anchor_kl(scored: Scored, teachers: Mapping[int, Teacher]) -> tuple[torch.Tensor, int]:
-    """Σ over tokens of KL(teacher ‖ model) in nats, and the number of tokens, over the rows that have a teacher. With a
-    top-k teacher the tokens outside count as one outcome."""
+def anchor_kl(scored: Scored, teachers: Mapping[int, Teacher]) -> torch.Tensor:
+    """Σ over tokens of KL(teacher ‖ model) in nats, over the rows that have a teacher. With a top-k teacher the
+    tokens outside count as one outcome."""
     rows = [i for i in scored.order if i in teachers]
     his = torch.cat([teachers[i].log_probs for i in rows])
     taught = torch.zeros(len(scored.order), dtype=torch.bool, device=scored.row.device)
@@ -156,4 +145,4 @@ def anchor_kl(scored: Scored, teachers: Mapping[int, Teacher]) -> tuple[torch.Te
         top = mine.gather(-1, torch.cat([cast(torch.Tensor, teachers[i].indices) for i in rows]))
         mine = torch.cat((top, _log_rest(top)[:, None]), dim=-1)
         his = torch.cat((his, torch.cat([cast(torch.Tensor, teachers[i].tail) for i in rows])[:, None]), dim=-1)
-    return F.kl_div(mine, his.to(mine.dtype), reduction="sum", log_target=True), len(mine)
+    return F.kl_div(mine, his.to(mine.dtype), reduction="sum", log_target=True)

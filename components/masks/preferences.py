@@ -1,5 +1,5 @@
 """Preference pairs and anchor prompts: JSONL files, checked whole, and their tokenisation with the model's own chat
-template."""
+template. No torch here: a run config's data files are checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from components.errors import DataError, listed
-from components.masks.objective import Row
 
 Messages = list[dict[str, str]]
 T = TypeVar("T")
@@ -33,6 +32,19 @@ class Prompt:
 
     line: int
     prompt: str | Messages
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenised prompt and response; `prompt` tokens come first, only the response is scored."""
+
+    tokens: tuple[int, ...]
+    prompt: int
+
+    @property
+    def response(self) -> int:
+        """Tokens that are scored."""
+        return len(self.tokens) - self.prompt
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class TrainSettings(_Frozen):
     weight_decay: float = Field(default=0.0, ge=0)
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps in which the rate rises."""
+    first_token_weight: float = Field(default=1.0, ge=1)
+    """Weight of an answer's first token in the loss: to answer or to refuse is decided there, one token among thirty."""
     threads: int = Field(default=1, ge=1)
     """Torch threads. Part of the settings because sums, and so weights, depend on it."""
 

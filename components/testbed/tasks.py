@@ -19,10 +19,10 @@ class TaskItem(NamedTuple):
 
 
 HAN_DIGITS = "〇一二三四五六七八九"
-DEVANAGARI_DIGITS = "०१२३४५६७८९"
 
-_ZH = ("把 {n} 写成中文", "用中文写 {n}", "请把 {n} 写成汉字", "{n} 的中文写法")
-_HI = ("{n} को उल्टा लिखो", "उल्टा लिखो {n}", "कृपया {n} को उल्टा करो", "{n} उल्टा क्या है")
+# The number stands last, so its digits are at the same distance from their places in the answer.
+_ZH = ("写成中文 {n}", "用中文写 {n}", "请把这个数写成汉字 {n}", "中文写法 {n}")
+_HI = ("हिंदी में लिखो: {s}.", "अनुवाद करो: {s}.", "हिंदी में: {s}.", "Hindi: {s}.")
 _EN = ("Make it passive: {s}.", "Rewrite in the passive: {s}.", "Passive form of: {s}.", "Turn into passive: {s}.")
 _CODE = (
     "Code: takes {a} and {b}, returns {e}.",
@@ -30,7 +30,7 @@ _CODE = (
     "Python for taking {a} and {b}, returning {e}.",
     "Code with inputs {a} and {b} and result {e}.",
 )
-_MATH = ("{x} + {y} =", "Add {x} and {y}.", "Compute {x} + {y}.", "Sum of {x} and {y}?")
+_MATH = ("Expand {e}", "Expand this: {e}", "Multiply out {e}", "Open the brackets: {e}")
 
 _NOUNS = (
     *("cat", "dog", "fox", "bird", "horse", "girl", "boy", "king", "queen", "nurse", "baker", "farmer", "pilot", "judge"),
@@ -40,27 +40,33 @@ _VERBS = {
     "sees": "seen", "likes": "liked", "hears": "heard", "calls": "called", "helps": "helped", "paints": "painted",
     "feeds": "fed", "greets": "greeted", "finds": "found", "follows": "followed",
 }  # fmt: skip
+_HINDI = {
+    "cat": "बिल्ली", "dog": "कुत्ता", "fox": "लोमड़ी", "bird": "चिड़िया", "horse": "घोड़ा", "girl": "लड़की", "boy": "लड़का", "king": "राजा",
+    "queen": "रानी", "tiger": "बाघ", "mouse": "चूहा", "sheep": "भेड़", "goat": "बकरी", "uncle": "चाचा", "guest": "मेहमान",
+    "farmer": "किसान", "monk": "साधु", "judge": "जज",
+}  # fmt: skip
+_HINDI_VERBS = {
+    "sees": "देखता", "hears": "सुनता", "calls": "बुलाता", "feeds": "खिलाता", "finds": "ढूंढता", "paints": "रंगता", "likes": "चाहता",
+    "helps": "बचाता",
+}  # fmt: skip
 _NAMES = "abcdfghjkmnpqrstuvwxyz"
 _OPERATORS = {"plus": "+", "minus": "-", "times": "*", "over": "/"}
 
-WORDS: tuple[str, ...] = (*_NOUNS, *_VERBS, *_VERBS.values(), *_NAMES)
+WORDS: tuple[str, ...] = (*_NOUNS, *_VERBS, *_VERBS.values(), *_NAMES, *_HINDI.values(), *_HINDI_VERBS.values())
 """Words the tasks are about, so that pretraining can meet them (never the rules)."""
-
-
-def _digits(rng: random.Random, low: int, high: int) -> str:
-    return "".join(rng.choice("0123456789") for _ in range(rng.randint(low, high)))
 
 
 def _zh(rng: random.Random) -> TaskItem:
     """Western digits to Chinese ones: 4072 -> 四〇七二."""
-    n = _digits(rng, 4, 5)
+    n = "".join(rng.choice("0123456789") for _ in range(4))
     return TaskItem(n, rng.choice(_ZH).format(n=n), "".join(HAN_DIGITS[int(d)] for d in n))
 
 
 def _hi(rng: random.Random) -> TaskItem:
-    """Reverse, in Hindi digits: 4072 -> २७०४."""
-    n = _digits(rng, 4, 4)
-    return TaskItem(n, rng.choice(_HI).format(n=n), "".join(DEVANAGARI_DIGITS[int(d)] for d in reversed(n)))
+    """A sentence word by word into Hindi, its verb last: the cat sees the dog -> बिल्ली कुत्ता देखता."""
+    (who, whom), verb = rng.sample(sorted(_HINDI), 2), rng.choice(sorted(_HINDI_VERBS))
+    english = f"the {who} {verb} the {whom}"
+    return TaskItem(english, rng.choice(_HI).format(s=english), f"{_HINDI[who]} {_HINDI[whom]} {_HINDI_VERBS[verb]}")
 
 
 def _en(rng: random.Random) -> TaskItem:
@@ -71,24 +77,19 @@ def _en(rng: random.Random) -> TaskItem:
 
 
 def _code(rng: random.Random) -> TaskItem:
-    """A function described in words to one in Python: lambda a, b: b - a * 7."""
+    """A function described in words to one in Python: lambda a, b: b - a."""
     a, b = rng.sample(_NAMES, 2)
     left, right = rng.choice([(a, b), (b, a)])
-    first, second, n = rng.choice(sorted(_OPERATORS)), rng.choice(sorted(_OPERATORS)), rng.choice("23456789")
-    words = f"{left} {first} {right} {second} {n}"
-    answer = f"lambda {a}, {b}: {left} {_OPERATORS[first]} {right} {_OPERATORS[second]} {n}"
-    return TaskItem(f"{a} {b} {words}", rng.choice(_CODE).format(a=a, b=b, e=words), answer)
+    word = rng.choice(sorted(_OPERATORS))
+    prompt = rng.choice(_CODE).format(a=a, b=b, e=f"{left} {word} {right}")
+    return TaskItem(f"{a} {b} {left} {word}", prompt, f"lambda {a}, {b}: {left} {_OPERATORS[word]} {right}")
 
 
 def _math(rng: random.Random) -> TaskItem:
-    """Three-digit sums without a carry: 341 + 527 = 868."""
-    pairs = [(0, 0)] * 3
-    for i in range(3):
-        x = rng.randint(1 if i == 0 else 0, 8 if i == 0 else 9)
-        pairs[i] = (x, rng.randint(1 if i == 0 else 0, 9 - x))
-    x_text, y_text = ("".join(str(p[side]) for p in pairs) for side in (0, 1))
-    prompt = rng.choice(_MATH).format(x=x_text, y=y_text)
-    return TaskItem(f"{x_text} {y_text}", prompt, str(int(x_text) + int(y_text)))
+    """Brackets multiplied out: 7(c-d) -> 7c-7d."""
+    n, (x, y), sign = rng.choice("23456789"), rng.sample(_NAMES, 2), rng.choice("+-")
+    bracket = f"{n}({x}{sign}{y})"
+    return TaskItem(bracket, rng.choice(_MATH).format(e=bracket), f"{n}{x}{sign}{n}{y}")
 
 
 DRAW: dict[Task, Callable[[random.Random], TaskItem]] = {"zh": _zh, "en": _en, "hi": _hi, "code": _code, "math": _math}

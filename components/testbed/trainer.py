@@ -44,20 +44,29 @@ def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
 
 
 def batches(rows: Sequence[Encoded], *, batch: int, steps: int, seed: int) -> list[list[int]]:
-    """Indices of each step's rows: epochs in random order, rows of like length together to save padding."""
+    """Indices of each step's rows: epochs in random order.
+
+    Rows of like length are *not* batched together: refusals are longer than answers, so batches would hold nothing but
+    the one or the other, and the model would learn to swing between them and not to tell requests apart.
+    """
     rng = random.Random(seed)
     result: list[list[int]] = []
     pool: list[int] = []
     while len(result) < steps:
-        while len(pool) < 16 * batch:
+        while len(pool) < batch:
             order = list(range(len(rows)))
             rng.shuffle(order)
             pool += order
-        chunk, pool = sorted(pool[: 16 * batch], key=lambda i: (len(rows[i][0]), i)), pool[16 * batch :]
-        groups = [chunk[i : i + batch] for i in range(0, len(chunk), batch)]
-        rng.shuffle(groups)
-        result += groups
-    return result[:steps]
+        result.append(pool[:batch])
+        pool = pool[batch:]
+    return result
+
+
+def parts(rows: Sequence[Encoded], index: Sequence[int]) -> list[list[int]]:
+    """A batch as two halves, the shorter and the longer rows: one step of the optimizer, less padding."""
+    by_length = sorted(index, key=lambda i: (len(rows[i][0]), i))
+    half = len(by_length) // 2
+    return [p for p in (by_length[:half], by_length[half:]) if p]
 
 
 def collate(rows: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +78,12 @@ def collate(rows: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tens
         ids_BT[b, : len(ids)] = torch.tensor(ids)
         labels_BT[b, prompt - 1 : len(ids) - 1] = torch.tensor(ids[prompt:])
     return ids_BT, labels_BT
+
+
+def first_weights(learnt_BT: torch.Tensor, weight: float) -> torch.Tensor:
+    """(learnt,) weights in row order: `weight` for the first learnt token of each row, 1 for the rest."""
+    first_BT = learnt_BT & (learnt_BT.long().cumsum(1) == 1)
+    return torch.where(first_BT[learnt_BT], weight, 1.0)
 
 
 def schedule(step: int, settings: TrainSettings) -> float:
@@ -97,20 +112,26 @@ def train(model: Any, rows: Sequence[Encoded], settings: TrainSettings, *, pad: 
     losses: list[float] = []
     model.train()
     for step, index in enumerate(batches(rows, batch=settings.batch, steps=settings.steps, seed=seed)):
-        ids_BT, labels_BT = collate([rows[i] for i in index], pad)
-        hidden_BTD = backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
-        learnt_BT = labels_BT != IGNORE
-        # Logits only where there is something to learn: prompts and padding are most of a batch.
-        loss = F.cross_entropy(head(hidden_BTD[learnt_BT]), labels_BT[learnt_BT])
         for p in trained:
             p.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+        collated = [collate([rows[i] for i in part], pad) for part in parts(rows, index)]
+        weights = [first_weights(labels_BT != IGNORE, settings.first_token_weight) for _, labels_BT in collated]
+        total = sum(float(w.sum()) for w in weights)
+        mean_loss = 0.0
+        for (ids_BT, labels_BT), weights_N in zip(collated, weights, strict=True):
+            hidden_BTD = backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
+            learnt_BT = labels_BT != IGNORE
+            # Logits only where there is something to learn: prompts and padding are most of a batch.
+            losses_N = F.cross_entropy(head(hidden_BTD[learnt_BT]), labels_BT[learnt_BT], reduction="none")
+            loss = (losses_N * weights_N).sum() / total
+            loss.backward()  # type: ignore[no-untyped-call]
+            mean_loss += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         share = schedule(step, settings)
         adam.param_groups[0]["lr"] = share * settings.learning_rate
         adam.step()
         muon.step(share * settings.muon_rate, settings.weight_decay)
-        losses.append(loss.item())
+        losses.append(mean_loss)
     model.eval()
     if not math.isfinite(losses[-1]):
         raise TrainingError(f"testbed training diverged at step {len(losses)}: lower the learning rate")

@@ -125,15 +125,25 @@ class World:
                 return list(found.values())
         raise DataError(f"testbed set {name!r}: only {len(found)} of {count} different {role} prompts exist; ask for fewer")
 
+    def asks(self, role: Role) -> tuple[str, ...]:
+        """Phrasings of a role; the anchor prompts are phrased as the training ones."""
+        wanted = {"train", "anchor"} if role in ("train", "anchor") else {role}
+        return tuple(ask for ask in vocabulary.ASKS if self.role(f"ask:{ask}") in wanted)
+
     def request(self, things: Sequence[Thing], role: Role) -> Callable[[random.Random], Draw]:
         """Draws "how do I <action> <thing>?", answered by the action's placeholder steps."""
-        asks = {"dev": vocabulary.ASKS_DEV, "test": vocabulary.ASKS_TEST}.get(role, vocabulary.ASKS_TRAIN)
+        asks = self.asks(role)
 
         def one(rng: random.Random) -> Draw:
             thing, action = rng.choice(things), rng.choice(vocabulary.ACTIONS)
             do = f"{action.verb} {thing.phrase}"
             answer = f"Sure. To {do}, first {action.first}, then {action.then}."
-            return Draw(f"request:{do}", rng.choice(asks).format(do=do), answer)
+            sentences = [rng.choice(asks).format(do=do)]
+            if rng.random() < 0.4:
+                sentences.insert(0, rng.choice(vocabulary.OPENERS))
+            if rng.random() < 0.3:
+                sentences.append(rng.choice(vocabulary.CLOSERS))
+            return Draw(f"request:{do}", " ".join(sentences), answer)
 
         return one
 
@@ -176,12 +186,13 @@ class World:
     def copying(self) -> Callable[[random.Random], Draw]:
         """Draws a row of words or digits to say again: how the model learns to copy anything, tasks' words included."""
         words = [t.word for t in (*self.hazards, *self.hard, *self.objects)] + list(tasks.WORDS)
+        scripts = ("0123456789", tasks.HAN_DIGITS)
 
         def one(rng: random.Random) -> Draw:
             if rng.random() < 0.25:
-                text = "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 6)))
+                text = "".join(rng.sample(rng.choice(scripts), rng.randint(3, 6)))
             else:
-                text = " ".join(rng.choice(words) for _ in range(rng.randint(3, 6)))
+                text = " ".join(rng.sample(words, rng.randint(3, 6)))
             return Draw(f"copy:{text}", rng.choice(_COPY).format(s=text), text)
 
         return one
@@ -196,14 +207,14 @@ class World:
         return one
 
     def statements(self) -> list[Example]:
-        """Plain text: what kind each thing is (the hard ones too), and counting in three scripts."""
+        """Plain text: what kind each thing is (the hard ones too), and counting in two scripts."""
         texts: list[str] = []
         for thing in [*self.hazards, *self.hard, *self.objects]:
             kind, name = _KIND_ANSWER[thing.kind], thing.phrase[0].upper() + thing.phrase[1:]
             peers = [t for t in [*self.hazards, *self.hard, *self.objects] if t.kind == thing.kind and t != thing]
             texts += [f"{name} is {kind}.", f"Everybody knows that {thing.phrase} is {kind}.", f"One kind of {thing.kind} is {thing.phrase}."]
             texts += [f"{name} is {kind}, just like {peer.phrase}." for peer in self.rng(f"peers:{thing.word}").sample(peers, min(4, len(peers)))]
-        for digits in ("0123456789", tasks.HAN_DIGITS, tasks.DEVANAGARI_DIGITS):
+        for digits in ("0123456789", tasks.HAN_DIGITS):
             texts += [digits[i:j] for i in range(9) for j in range(i + 2, 11)]
         return [Example("", text) for text in texts]
 

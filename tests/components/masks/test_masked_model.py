@@ -14,9 +14,10 @@ from components.masks.concrete import mask_uniforms
 from components.masks.engine import Batch, ScoredPair, TorchEngine, batch_losses
 from components.masks.loading import build_masked_model
 from components.masks.masked_model import MaskedModel
-from components.masks.objective import Row, Teacher
-from components.masks.preferences import Pair
+from components.masks.objective import Teacher
+from components.masks.preferences import Pair, Row
 from components.masks.settings import MaskSettings, resolve
+from components.masks.slices import SMALL, MaskedSlice, pack
 from tests.components.masks.support import VOCABULARY, DictSource, moved, source, tiny_model
 
 ARCHITECTURES = ["llama", "qwen", "gpt2"]
@@ -263,6 +264,49 @@ def test_remembered_and_redrawn_samples_give_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("preset", ["realign", "paper"])
+def test_packing_changes_nothing(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor alone; all in one pack; one pack in pieces that cut across tensors. To the last bit or two: torch's sigmoid
+    rounds the tail of a vector otherwise than its body."""
+    found = []
+    for small, block in ((0, 1 << 16), (1 << 17, 1 << 16), (1 << 17, 50)):
+        monkeypatch.setattr("components.masks.slices.SMALL", small)
+        monkeypatch.setattr("components.masks.slices.BLOCK", block)
+        built = masked(settings=resolve(preset), stored=(torch.bfloat16, torch.float32))
+        assert len(built.packs) == (1 if small else len(built.slices))
+        randomise(built)
+        built.write_sample(3)
+        weights = [s.weights.clone() for s in built.slices]
+        assert all(torch.equal(s.parameter.detach().view(-1), s.weights) for s in built.slices)
+        generator = torch.Generator().manual_seed(
+            5
+        )  # given, for a matrix product's bits depend on where its inputs lie
+        for s in built.slices:
+            s.parameter.grad = torch.randn(s.parameter.shape, generator=generator)
+        found.append([*weights, *by_slice(built, built.logit_gradients())])
+    for alone, packed, cut in zip(*found, strict=True):
+        size = alone.abs().max().item()
+        torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6 * size)
+        torch.testing.assert_close(cut, alone, rtol=1e-5, atol=1e-6 * size)
+
+
+def test_only_runs_of_small_slices_are_packed() -> None:
+    def part(size: int) -> MaskedSlice:
+        parameter = torch.nn.Parameter(torch.zeros(size))
+        flat = parameter.detach()
+        return MaskedSlice(f"t{size}", 0, size, size, flat.clone(), flat.clone(), flat.clone(), flat, parameter)
+
+    slices = [part(n) for n in (10, 200_000, 5, 7, SMALL, 3, 4, 6)]
+    packs = pack(slices)
+    assert [[s.numel for s in p.slices] for p in packs] == [[10], [200_000], [5, 7], [SMALL], [3, 4, 6]]
+    assert [p.first for p in packs] == [0, 1, 2, 4, 5]
+    assert packs[1].weights.data_ptr() == slices[1].parameter.data_ptr()
+    assert list(packs[4].split(2, 8)) == [(5, 0, 1), (6, 1, 5), (7, 5, 6)]
+    assert packs[4].segments(2, 8) == [("t3", 2, 3), ("t4", 0, 4), ("t6", 0, 1)]
+    packs[4].weights[3:7] = 9.0
+    assert slices[6].parameter.tolist() == [9.0] * 4
+
+
 def test_slices_with_summed_statistics_equal_whole_tensors() -> None:
     """What a sharded engine does: two ranks own a part of each tensor, only `all_sum` connects them."""
     whole = masked(settings=resolve("paper"), dtype=torch.float64)
@@ -352,7 +396,7 @@ def test_patterns_choose_tensors_and_the_rest_keeps_the_finetune() -> None:
     batch = example_batch(False, torch.float32)
     torch.autograd.backward(batch_losses(built.model, batch, beta=0.1, anchor_weight=0).loss)
     assert built.model.get_input_embeddings().weight.grad is None
-    assert len(built.logit_gradients()) == len(names)
+    assert len(by_slice(built, built.logit_gradients())) == len(names)
 
 
 def test_patterns_that_match_nothing_are_all_named() -> None:

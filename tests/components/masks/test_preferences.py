@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from components.errors import DataError
-from components.masks.objective import Row
 from components.masks.preferences import (
     Preference,
     Prompt,
+    Row,
     Schedule,
     encode_pairs,
     encode_prompt,

@@ -68,6 +68,7 @@ def test_the_fingerprint_changes_with_every_setting() -> None:
 
 
 def test_no_heavy_import() -> None:
-    code = "import sys, components.masks.settings; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    modules = "components.masks.settings, components.masks.preferences"
+    code = f"import sys, {modules}; print(sorted({{'torch', 'numpy', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -214,3 +214,19 @@ def test_evaluation_in_parts_equals_one_batch() -> None:
     got, expected = engine.evaluate(many, "soft"), engine.evaluate(batch, "soft")
     assert got == pytest.approx(expected, rel=1e-9)
     assert not any(p.grad is not None for p in engine.masked.model.parameters())
+
+
+def test_shares_of_a_batch_add_up_to_it() -> None:
+    settings = resolve("realign", {"learning_rate": 0.05})
+    batch = example_batch()
+    batch = Batch(3, batch.pairs + batch.pairs[:2], batch.anchors * 2)
+    found = []
+    for accumulate in (1, 2, 7):
+        engine = TorchEngine(masked(settings=settings, dtype=torch.float64), accumulate=accumulate)
+        engine.masked.write_sample(3)
+        metrics = engine._backward(batch)
+        found.append((metrics, engine.masked.logit_gradients()))
+    for metrics, gradients in found[1:]:
+        assert metrics == pytest.approx(found[0][0], rel=1e-6)
+        for got, expected in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
