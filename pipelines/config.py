@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from components.errors import ConfigError
 from components.evaluation.settings import EvaluationSettings, SetSettings
-from components.masks.settings import MaskSettings, resolve
+from components.masks.presets import resolve
+from components.masks.settings import MaskSettings
 from pipelines.yaml_lines import LocatedYaml, Location
 
 NOT_BUILT = {

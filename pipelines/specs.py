@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from components.evaluation.settings import SetSettings
 from components.fusion.settings import FusionSettings
-from components.masks.settings import resolve
+from components.masks.presets import resolve
 from pipelines.config import FinetuneConfig, RunConfig
 from pipelines.graph import Node
 from pipelines.roots import ALIGNED, UNALIGNED, Roots

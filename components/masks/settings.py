@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from components.errors import ConfigError, listed
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class MaskSettings(BaseModel):
@@ -101,29 +98,3 @@ class MaskSettings(BaseModel):
         """SHA-256 of the canonical JSON of every setting."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-PRESETS: dict[str, MaskSettings] = {
-    "paper": MaskSettings(
-        temperature_start=0.5,
-        temperature_end=0.5,
-        init_logit=0.0,
-        rescale="mean",
-        anchor_weight=0.0,
-        learning_rate=5e-3,
-    ),
-    "realign": MaskSettings(),
-}
-"""`paper`: the objective of SOMF as published (reference: the aligned model). `realign`: the default, with the utility
-anchor, annealed to a mask that can be used binary."""
-
-
-def resolve(preset: str = "realign", overrides: Mapping[str, Any] | None = None) -> MaskSettings:
-    """A preset with some settings replaced. Raises ConfigError that lists every unknown key and bad value."""
-    if preset not in PRESETS:
-        raise ConfigError(f"mask.preset: {preset!r} is unknown; the presets are {', '.join(sorted(PRESETS))}")
-    try:
-        return MaskSettings.model_validate({**PRESETS[preset].model_dump(), **(overrides or {})})
-    except ValidationError as error:
-        found = [".".join(["mask", *map(str, e["loc"])]) + ": " + e["msg"] for e in error.errors()]
-        raise ConfigError(listed(found)) from None

@@ -16,7 +16,8 @@ from components.masks.loading import build_masked_model
 from components.masks.masked_model import MaskedModel
 from components.masks.objective import Teacher
 from components.masks.preferences import Pair, Row
-from components.masks.settings import MaskSettings, resolve
+from components.masks.presets import resolve
+from components.masks.settings import MaskSettings
 from components.masks.slices import SMALL, MaskedSlice, pack
 from tests.components.masks.support import VOCABULARY, DictSource, moved, source, tiny_model
 

@@ -12,7 +12,8 @@ import torch
 
 from components.errors import DataError, StorageError, TrainingError
 from components.masks.engine import Batch, ScoredPair, TorchEngine
-from components.masks.settings import MaskSettings, resolve
+from components.masks.presets import resolve
+from components.masks.settings import MaskSettings
 from components.masks.training import MaskResult, train_mask
 from tests.components.masks.support import anchors, moved, preferences, saved, source, tiny_model
 from tests.components.masks.test_masked_model import by_slice, example_batch, masked
