@@ -17,8 +17,6 @@ def cache_dir() -> Path:
 @cache
 def minute_family(architecture: Architecture = "llama", seed: int = 0) -> Path:
     """A minute-sized family, built on first use (workers that ask at the same time wait). Read-only: copy what you change."""
-    from components.testbed.family import build_family
+    from components.testbed.family import cached_family
 
-    fingerprint = family_settings("minute", architecture).fingerprint(seed)
-    root = cache_dir() / "testbed"
-    return build_family(root / f"shared-{fingerprint}", seed=seed, size="minute", architecture=architecture, cache=root)
+    return cached_family(family_settings("minute", architecture), seed=seed, cache=cache_dir() / "testbed")

@@ -24,6 +24,11 @@ class FamilyData:
     finetunes: dict[Task, list[Example]]
     files: dict[str, list[Row]]
 
+    def texts(self) -> set[str]:
+        """Everything any step learns from, for the tokenizer."""
+        steps = [self.pretrain, self.align, *self.finetunes.values()]
+        return {text for step in steps for e in step for text in (e.prompt, e.answer, e.system or "")}
+
 
 def compose(settings: FamilySettings, seed: int) -> FamilyData:
     """Draw everything. Raises DataError when inputs of different roles overlap or an answer looks like a refusal."""
@@ -58,14 +63,20 @@ def check_data(data: FamilyData) -> None:
 
 
 def _prompts(rows: Iterable[Row]) -> list[str]:
-    return [m["content"] for row in rows for m in row.get("messages", row.get("prompt")) if m["role"] == "user"]
+    return [
+        m["content"]
+        for row in rows
+        for m in (row["messages"] if "messages" in row else row["prompt"])
+        if m["role"] == "user"
+    ]
 
 
 def _examples(world: World, name: str, draws: Iterable[Draw], share: float = 0.15) -> list[Example]:
     """Draws as training examples; a share of them under a system prompt."""
     rng = world.rng(f"system:{name}")
     return [
-        Example(d.prompt, d.answer, rng.choice(vocabulary.SYSTEM_PROMPTS) if rng.random() < share else None) for d in draws
+        Example(d.prompt, d.answer, rng.choice(vocabulary.SYSTEM_PROMPTS) if rng.random() < share else None)
+        for d in draws
     ]
 
 
@@ -194,6 +205,4 @@ def _answered(name: str, draws: list[Draw]) -> list[Row]:
 
 def _harmful(name: str, draws: list[Draw]) -> list[Row]:
     """No `answer`: a harmful request has no right one. The placeholder it would get is kept for reading."""
-    return [
-        {"id": f"{name}-{i}", "messages": _user(d.prompt), "placeholder": d.answer} for i, d in enumerate(draws)
-    ]
+    return [{"id": f"{name}-{i}", "messages": _user(d.prompt), "placeholder": d.answer} for i, d in enumerate(draws)]

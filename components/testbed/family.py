@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from components.errors import StorageError
-from components.testbed import phases
+from components.testbed import workers
 from components.testbed.compose import FamilyData, compose
 from components.testbed.layout import write_files, write_run_config
 from components.testbed.settings import (
@@ -32,7 +30,6 @@ from components.testbed.settings import (
     Size,
     family_settings,
 )
-from components.testbed.tokenizer import train_tokenizer
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -46,28 +43,53 @@ def build_family(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Put the family of these settings and seed at `out`, building it unless the cache has it. Returns `out`.
+    """Put the family of a named size and a seed at `out`, building it unless the cache has it. Returns `out`.
 
     An older family at `out` is replaced; anything else there is left alone and raises StorageError. Without `cache` the
     unfinished phases are kept beside `out` until the family is done.
     """
-    settings = family_settings(size, architecture)
-    fingerprint = settings.fingerprint(seed)
+    return build_from(family_settings(size, architecture), out, seed=seed, cache=cache, progress=progress)
+
+
+def build_from(
+    settings: FamilySettings, out: Path, *, seed: int, cache: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """`build_family` for settings of one's own."""
     out = out.absolute()
-    if _fingerprint_at(out) == fingerprint:
+    if _fingerprint_at(out) == settings.fingerprint(seed):
         return out
     if out.exists() and not (out / "family.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise StorageError(f"{out} exists and is not a testbed family: give another directory or remove it")
-    root = (cache or out.parent / f".{out.name}.build").absolute()
+    root = cache or out.parent / f".{out.name}.build"
+    built = cached_family(settings, seed=seed, cache=root, progress=progress)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        built = _cached(root, fingerprint, settings, seed, progress or (lambda _: None))
         _publish(built, out)
-        if cache is None:
-            shutil.rmtree(root)
     except OSError as error:
         raise StorageError(f"cannot write the testbed family at {out}: {error}") from error
+    if cache is None:
+        shutil.rmtree(root)
     return out
+
+
+def cached_family(settings: FamilySettings, *, seed: int, cache: Path, progress: Progress | None = None) -> Path:
+    """The family inside the cache, built on first use; others that ask meanwhile wait. Not to be written into."""
+    fingerprint = settings.fingerprint(seed)
+    done = cache.absolute() / fingerprint
+    if done.is_dir():
+        return done
+    try:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(done.with_suffix(".lock")):
+            if not done.is_dir():
+                partial = done.with_suffix(".partial")
+                partial.mkdir(exist_ok=True)
+                for leftover in [*partial.glob(".*.tmp"), *partial.glob("*/.*.tmp")]:
+                    shutil.rmtree(leftover)
+                _build(partial, fingerprint, settings, seed, progress or (lambda _: None))
+                partial.rename(done)
+    except OSError as error:
+        raise StorageError(f"cannot build a testbed family in {done.parent}: {error}") from error
+    return done
 
 
 def _fingerprint_at(directory: Path) -> str | None:
@@ -90,22 +112,6 @@ def _publish(built: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _cached(root: Path, fingerprint: str, settings: FamilySettings, seed: int, progress: Progress) -> Path:
-    done = root / fingerprint
-    if done.is_dir():
-        return done
-    with _locked(root / f"{fingerprint}.lock"):
-        if done.is_dir():
-            return done
-        partial = root / f"{fingerprint}.partial"
-        partial.mkdir(exist_ok=True)
-        for leftover in [*partial.glob(".*.tmp"), *partial.glob("*/.*.tmp")]:
-            shutil.rmtree(leftover)
-        _build(partial, fingerprint, settings, seed, progress)
-        partial.rename(done)
-    return done
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock; the system lets go of it when the process dies."""
@@ -117,22 +123,16 @@ def _locked(path: Path) -> Iterator[None]:
 def _build(work: Path, fingerprint: str, settings: FamilySettings, seed: int, progress: Progress) -> None:
     """Fill `work`; phases that are there already are kept."""
     clock = _Clock(work / "seconds.json", progress)
-    with clock.phase("data"):
-        data = compose(settings, seed)
-        tokenizer_dir = _tokenizer(data, work)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context, initializer=_die_with_parent) as pool:
-        unaligned, aligned = work / "unaligned", work / "aligned"
-        if not unaligned.is_dir():
-            with clock.phase("unaligned"):
-                pool.submit(phases.pretrain, data.pretrain, tokenizer_dir, settings, seed, unaligned).result()
-        if not aligned.is_dir():
-            with clock.phase("aligned"):
-                pool.submit(phases.align, data.align, unaligned, settings, seed, aligned).result()
-        with clock.phase("finetunes"):
-            _finetunes(pool, data, settings, seed, work, progress)
-    write_files(data.files, work)
-    write_run_config(work, settings, seed)
+    with workers.pool(2) as pool:
+        with clock.phase("data"):
+            data = compose(settings, seed)
+            write_files(data.files, work)
+            write_run_config(work, settings, seed)
+        try:
+            _models(pool, data, settings, seed, work, clock)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     record = {
         "fingerprint": fingerprint,
         "version": TESTBED_VERSION,
@@ -141,49 +141,41 @@ def _build(work: Path, fingerprint: str, settings: FamilySettings, seed: int, pr
         "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers", "peft", "safetensors")},
         "seconds": clock.seconds,
     }
-    shutil.rmtree(tokenizer_dir)
+    shutil.rmtree(work / "tokenizer")
     (work / "seconds.json").unlink()
     (work / "family.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _tokenizer(data: FamilyData, work: Path) -> Path:
-    steps = [data.pretrain, data.align, *data.finetunes.values()]
-    texts = {text for step in steps for e in step for text in (e.prompt, e.answer, e.system or "")}
-    directory = work / "tokenizer"
-    train_tokenizer(texts).save_pretrained(directory)
-    return directory
-
-
-def _finetunes(
-    pool: ProcessPoolExecutor, data: FamilyData, settings: FamilySettings, seed: int, work: Path, progress: Progress
+def _models(
+    pool: ProcessPoolExecutor, data: FamilyData, settings: FamilySettings, seed: int, work: Path, clock: _Clock
 ) -> None:
-    """The five finetunes, two at a time; all are waited for, then the first error (if any) is raised."""
-    (work / "finetunes").mkdir(exist_ok=True)
-    futures: list[Future[float]] = []
-    for task in TASKS:
-        out = work / "finetunes" / task
-        if out.is_dir():
-            continue
-        future = pool.submit(
-            phases.finetune, data.finetunes[task], work / "aligned", settings.finetunes[task], task, seed, out,
-            settings.shard_bytes,
-        )  # fmt: skip
-        future.add_done_callback(lambda _, task=task: progress({"phase": f"finetune {task}", "event": "end"}))
-        futures.append(future)
-    for future in futures:
-        future.result()
+    """Tokenizer, unaligned and aligned model one after the other, then the five finetunes, two at a time."""
 
+    def phase(name: str, *args: Any) -> None:
+        pool.submit(workers.run_phase, name, *args).result()
 
-def _die_with_parent() -> None:
-    """A worker whose parent was killed must not train on: its sentinel closes, and the worker leaves at once."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    tokenizer, unaligned, aligned = work / "tokenizer", work / "unaligned", work / "aligned"
+    with clock.phase("tokenizer"):
+        if not tokenizer.is_dir():
+            phase("tokenizer", data.texts(), tokenizer)
+    with clock.phase("unaligned"):
+        if not unaligned.is_dir():
+            phase("pretrain", data.pretrain, tokenizer, settings, seed, unaligned)
+    with clock.phase("aligned"):
+        if not aligned.is_dir():
+            phase("align", data.align, unaligned, settings, seed, aligned)
+    with clock.phase("finetunes"):
+        futures: list[Future[Any]] = []
+        for task in TASKS:
+            out, own = work / "finetunes" / task, settings.finetunes[task]
+            if out.is_dir():
+                continue
+            args = (data.finetunes[task], aligned, own, task, seed, out, settings.shard_bytes)
+            future = pool.submit(workers.run_phase, "finetune", *args)
+            future.add_done_callback(clock.teller(f"finetune {task}"))
+            futures.append(future)
+        for future in futures:
+            future.result()
 
 
 class _Clock:
@@ -193,11 +185,18 @@ class _Clock:
         self._path, self._progress = path, progress
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
 
+    def teller(self, name: str) -> Callable[[Future[Any]], None]:
+        """Something to call when a future ends."""
+        return lambda _: self._progress({"phase": name, "event": "end"})
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._progress({"phase": name, "event": "start"})
         start = time.perf_counter()
         yield
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 1)
-        self._path.write_text(json.dumps(self.seconds))
+        # Renamed into place: a build killed while it writes this must still be able to go on.
+        fresh = self._path.with_suffix(".new")
+        fresh.write_text(json.dumps(self.seconds))
+        fresh.replace(self._path)
         self._progress({"phase": name, "event": "end", "seconds": self.seconds[name]})

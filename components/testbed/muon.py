@@ -16,7 +16,7 @@ _STEPS = 5
 
 def orthogonalized(stack_NRC: torch.Tensor) -> torch.Tensor:
     """Each (rows <= columns) matrix of a stack with its singular values moved near 1."""
-    x_NRC = stack_NRC / (stack_NRC.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x_NRC: torch.Tensor = stack_NRC / (stack_NRC.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(_STEPS):
         gram_NRR = x_NRC @ x_NRC.transpose(1, 2)
         poly_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=_B, alpha=_C)

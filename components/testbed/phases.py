@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from components.testbed.settings import Architecture, FamilySettings, FinetuneSettings, ModelShape, Task, TrainSettings
+from components.testbed.tokenizer import train_tokenizer
 from components.testbed.trainer import encode, train
 from components.testbed.world import Example
 
@@ -27,19 +28,19 @@ MAX_POSITIONS = 128
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def new_model(architecture: Architecture, shape: ModelShape, tokenizer: Any) -> Any:
+def new_model(architecture: Architecture, shape: ModelShape, words: Any) -> Any:
     """An untrained fp32 model. `qwen` has biases in attention and ties its embeddings; `llama` has neither."""
     common: dict[str, Any] = {
-        "vocab_size": -(-len(tokenizer) // 8) * 8,
+        "vocab_size": -(-len(words) // 8) * 8,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.heads,
         "max_position_embeddings": MAX_POSITIONS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
         "tie_word_embeddings": architecture == "qwen",
         # The usual 0.02 is for wide models; at this width it leaves the first hundred steps to growing the weights.
         "initializer_range": 0.125,
@@ -58,63 +59,82 @@ def load_float32(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def save_model(model: Any, tokenizer: Any, out: Path, *, dtype: torch.dtype, shard_bytes: int) -> None:
+def save_model(model: Any, words: Any, out: Path, *, dtype: torch.dtype, shard_bytes: int) -> None:
     """Write weights in `dtype` in shards, with config, generation config, tokenizer and chat template; whole or not at all."""
     model.to(dtype)
     model.generation_config.update(
-        do_sample=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        do_sample=False,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
     )
     with _whole(out) as tmp:
         model.save_pretrained(tmp, max_shard_size=shard_bytes)
-        tokenizer.save_pretrained(tmp)
+        words.save_pretrained(tmp)
+
+
+def ready() -> None:
+    """Nothing: calling it loads this module, and with it torch and transformers, while the parent does other work."""
+
+
+def tokenizer(texts: set[str], out: Path) -> None:
+    """The family's tokenizer."""
+    with _whole(out) as tmp:
+        train_tokenizer(texts).save_pretrained(tmp)
 
 
 def pretrain(examples: list[Example], tokenizer_dir: Path, settings: FamilySettings, seed: int, out: Path) -> float:
     """The unaligned model, from nothing."""
     _use_threads(settings.pretrain.threads)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    words = AutoTokenizer.from_pretrained(tokenizer_dir)
     torch.manual_seed(seed)
-    model = new_model(settings.architecture, settings.shape, tokenizer)
-    loss = _train(model, tokenizer, examples, settings.pretrain, seed)
-    save_model(model, tokenizer, out, dtype=torch.bfloat16, shard_bytes=settings.shard_bytes)
+    model = new_model(settings.architecture, settings.shape, words)
+    loss = _train(model, words, examples, settings.pretrain, seed)
+    save_model(model, words, out, dtype=torch.bfloat16, shard_bytes=settings.shard_bytes)
     return loss
 
 
 def align(examples: list[Example], unaligned: Path, settings: FamilySettings, seed: int, out: Path) -> float:
     """The aligned model, from the unaligned one as it is stored."""
     _use_threads(settings.align.threads)
-    tokenizer = AutoTokenizer.from_pretrained(unaligned)
+    words = AutoTokenizer.from_pretrained(unaligned)
     model = load_float32(unaligned)
-    loss = _train(model, tokenizer, examples, settings.align, seed + 1)
-    save_model(model, tokenizer, out, dtype=torch.bfloat16, shard_bytes=settings.shard_bytes)
+    loss = _train(model, words, examples, settings.align, seed + 1)
+    save_model(model, words, out, dtype=torch.bfloat16, shard_bytes=settings.shard_bytes)
     return loss
 
 
 def finetune(
-    examples: list[Example], aligned: Path, settings: FinetuneSettings, task: Task, seed: int, out: Path, shard_bytes: int
+    examples: list[Example],
+    aligned: Path,
+    settings: FinetuneSettings,
+    task: Task,
+    seed: int,
+    out: Path,
+    shard_bytes: int,
 ) -> float:
     """One finetune of the aligned model as it is stored: a whole model, or a LoRA adapter beside its base."""
     _use_threads(settings.train.threads)
-    tokenizer = AutoTokenizer.from_pretrained(aligned)
+    words = AutoTokenizer.from_pretrained(aligned)
     model = load_float32(aligned)
     phase_seed = seed + 2 + sum(map(ord, task))
     if settings.kind == "lora":
-        return _train_adapter(model, tokenizer, examples, settings, phase_seed, out, base=os.path.relpath(aligned, out))
-    loss = _train(model, tokenizer, examples, settings.train, phase_seed)
+        return _train_adapter(model, words, examples, settings, phase_seed, out, base=os.path.relpath(aligned, out))
+    loss = _train(model, words, examples, settings.train, phase_seed)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-    save_model(model, tokenizer, out, dtype=dtype, shard_bytes=shard_bytes * dtype.itemsize // 2)
+    save_model(model, words, out, dtype=dtype, shard_bytes=shard_bytes * dtype.itemsize // 2)
     return loss
 
 
 def _train_adapter(
-    model: Any, tokenizer: Any, examples: list[Example], settings: FinetuneSettings, seed: int, out: Path, *, base: str
+    model: Any, words: Any, examples: list[Example], settings: FinetuneSettings, seed: int, out: Path, *, base: str
 ) -> float:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     config = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=_LINEAR, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
-    loss = _train(adapted.get_base_model(), tokenizer, examples, settings.train, seed)
+    loss = _train(adapted.get_base_model(), words, examples, settings.train, seed)
     with _whole(out) as tmp:
         adapted.save_pretrained(tmp, safe_serialization=True)
         # PEFT writes the path it loaded from, a model card, and sets in no fixed order.
@@ -122,13 +142,16 @@ def _train_adapter(
         path = tmp / "adapter_config.json"
         content = json.loads(path.read_text())
         content["base_model_name_or_path"] = base
-        content = {k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v for k, v in content.items()}
+        content = {
+            k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v
+            for k, v in content.items()
+        }
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     return loss
 
 
-def _train(model: Any, tokenizer: Any, examples: list[Example], settings: TrainSettings, seed: int) -> float:
-    return train(model, encode(tokenizer, examples), settings, pad=tokenizer.pad_token_id, seed=seed)
+def _train(model: Any, words: Any, examples: list[Example], settings: TrainSettings, seed: int) -> float:
+    return train(model, encode(words, examples), settings, pad=words.pad_token_id, seed=seed)
 
 
 def _use_threads(threads: int) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-TESTBED_VERSION = 1
+TESTBED_VERSION = 2
 """Raised whenever the code of this package makes a different family from the same settings."""
 
 Architecture = Literal["llama", "qwen"]
@@ -91,6 +91,8 @@ class FamilySettings(_Frozen):
     objects_per_kind: int
     longest_spelled: int
     """Words of more letters are never spelled."""
+    task_words: int = Field(ge=4)
+    """Nouns and variable names that the tasks draw from."""
     shape: ModelShape
     shard_bytes: int
     """`max_shard_size` of `save_pretrained`, small enough for at least two shards."""
@@ -105,9 +107,10 @@ class FamilySettings(_Frozen):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _finetunes(train: TrainSettings, task_share: float) -> dict[Task, FinetuneSettings]:
-    full = FinetuneSettings(kind="full", dtype="float32", train=train, task_share=task_share)
-    lora_train = train.model_copy(update={"learning_rate": 2.5 * train.learning_rate})
+def _finetunes(train: TrainSettings) -> dict[Task, FinetuneSettings]:
+    full = FinetuneSettings(kind="full", dtype="float32", train=train, task_share=0.5)
+    # Adapters start from zero and want a higher rate.
+    lora_train = train.model_copy(update={"learning_rate": 3.75 * train.learning_rate})
     return {
         "zh": full,
         "en": full.model_copy(update={"dtype": "bfloat16"}),
@@ -119,37 +122,53 @@ def _finetunes(train: TrainSettings, task_share: float) -> dict[Task, FinetuneSe
 
 def family_settings(size: Size, architecture: Architecture) -> FamilySettings:
     """The settings of a named size: `demo` for `make demo`, `minute` for tests and `make demo-tiny`."""
-    if size == "minute":
-        return FamilySettings(
-            architecture=architecture,
-            size=size,
-            hazards_per_kind=8,
-            hard_per_kind=2,
-            objects_per_kind=6,
-            longest_spelled=0,
-            shape=ModelShape(hidden=64, layers=3, heads=4, intermediate=176),
-            shard_bytes=300_000,
-            pretrain=TrainSettings(examples=12_000, steps=300, batch=32, learning_rate=6e-3, weight_decay=0.01),
-            align=TrainSettings(examples=3_000, steps=80, batch=32, learning_rate=2e-3),
-            finetunes=_finetunes(TrainSettings(examples=3_000, steps=100, batch=32, learning_rate=2e-3), 0.5),
-            sets=SetSizes(
-                harmful=80, harmful_hard=40, benign=80, hazard=40, task=60,
-                dev_harmful=40, dev_benign=40, dev_hazard=24, dev_task=30,
-                preferences=200, preferences_dev=40, anchor=160,
-            ),
-        )  # fmt: skip
+    return (_minute if size == "minute" else _demo)(architecture)
+
+
+def _minute(architecture: Architecture) -> FamilySettings:
     return FamilySettings(
         architecture=architecture,
-        size=size,
+        size="minute",
+        hazards_per_kind=6,
+        hard_per_kind=1,
+        objects_per_kind=5,
+        longest_spelled=0,
+        task_words=8,
+        shape=ModelShape(hidden=96, layers=2, heads=3, intermediate=256),
+        shard_bytes=300_000,
+        pretrain=TrainSettings(
+            examples=10_000, steps=260, batch=48, learning_rate=6e-3, muon_rate=0.02, weight_decay=0.01
+        ),
+        align=TrainSettings(
+            examples=2_400, steps=80, batch=32, learning_rate=2e-3, first_token_weight=8.0
+        ),
+        finetunes=_finetunes(TrainSettings(examples=2_400, steps=120, batch=32, learning_rate=3e-3, first_token_weight=8.0)),
+        sets=SetSizes(
+            harmful=80, harmful_hard=40, benign=80, hazard=40, task=60,
+            dev_harmful=40, dev_benign=40, dev_hazard=24, dev_task=30,
+            preferences=200, preferences_dev=40, anchor=160,
+        ),
+    )  # fmt: skip
+
+
+def _demo(architecture: Architecture) -> FamilySettings:
+    return FamilySettings(
+        architecture=architecture,
+        size="demo",
         hazards_per_kind=16,
         hard_per_kind=4,
         objects_per_kind=12,
         longest_spelled=4,
-        shape=ModelShape(hidden=128, layers=4, heads=4, intermediate=352),
+        task_words=20,
+        shape=ModelShape(hidden=128, layers=2, heads=4, intermediate=352),
         shard_bytes=1_000_000,
-        pretrain=TrainSettings(examples=40_000, steps=700, batch=64, learning_rate=4e-3, weight_decay=0.01, threads=2),
-        align=TrainSettings(examples=8_000, steps=150, batch=64, learning_rate=1e-3, threads=2),
-        finetunes=_finetunes(TrainSettings(examples=8_000, steps=180, batch=48, learning_rate=1.5e-3), 0.5),
+        pretrain=TrainSettings(
+            examples=40_000, steps=600, batch=64, learning_rate=6e-3, muon_rate=0.02, weight_decay=0.01
+        ),
+        align=TrainSettings(
+            examples=8_000, steps=120, batch=64, learning_rate=2e-3, first_token_weight=8.0
+        ),
+        finetunes=_finetunes(TrainSettings(examples=8_000, steps=160, batch=48, learning_rate=2e-3, first_token_weight=8.0)),
         sets=SetSizes(
             harmful=240, harmful_hard=120, benign=240, hazard=120, task=300,
             dev_harmful=100, dev_benign=100, dev_hazard=60, dev_task=100,

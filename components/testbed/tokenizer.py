@@ -56,4 +56,3 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> PreTrain
         clean_up_tokenization_spaces=False,
         model_max_length=128,
     )
-

@@ -34,7 +34,9 @@ def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded]:
         for prompt, system in keys
     ]
     answers = sorted({e.answer for e in examples})
-    prompt_ids = dict(zip(keys, tokenizer(rendered, add_special_tokens=False)["input_ids"] if keys else [], strict=True))
+    prompt_ids = dict(
+        zip(keys, tokenizer(rendered, add_special_tokens=False)["input_ids"] if keys else [], strict=True)
+    )
     answer_ids = dict(zip(answers, tokenizer(answers, add_special_tokens=False)["input_ids"], strict=True))
     rows: list[Encoded] = []
     for e in examples:
