@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-TESTBED_VERSION = 2
+TESTBED_VERSION = 4
 """Raised whenever the code of this package makes a different family from the same settings."""
 
 Architecture = Literal["llama", "qwen"]
@@ -134,15 +134,15 @@ def _minute(architecture: Architecture) -> FamilySettings:
         objects_per_kind=5,
         longest_spelled=0,
         task_words=8,
-        shape=ModelShape(hidden=96, layers=2, heads=3, intermediate=256),
-        shard_bytes=300_000,
+        shape=ModelShape(hidden=64, layers=2, heads=2, intermediate=176),
+        shard_bytes=200_000,
         pretrain=TrainSettings(
-            examples=10_000, steps=260, batch=48, learning_rate=6e-3, muon_rate=0.02, weight_decay=0.01
+            examples=10_000, steps=320, batch=48, learning_rate=6e-3, muon_rate=0.02, weight_decay=0.01
         ),
         align=TrainSettings(
-            examples=2_400, steps=80, batch=32, learning_rate=2e-3, first_token_weight=8.0
+            examples=2_400, steps=80, batch=32, learning_rate=2.5e-3, first_token_weight=8.0
         ),
-        finetunes=_finetunes(TrainSettings(examples=2_400, steps=120, batch=32, learning_rate=3e-3, first_token_weight=8.0)),
+        finetunes=_finetunes(TrainSettings(examples=2_400, steps=110, batch=32, learning_rate=3e-3, first_token_weight=8.0)),
         sets=SetSizes(
             harmful=80, harmful_hard=40, benign=80, hazard=40, task=60,
             dev_harmful=40, dev_benign=40, dev_hazard=24, dev_task=30,
@@ -168,7 +168,7 @@ def _demo(architecture: Architecture) -> FamilySettings:
         align=TrainSettings(
             examples=8_000, steps=120, batch=64, learning_rate=2e-3, first_token_weight=8.0
         ),
-        finetunes=_finetunes(TrainSettings(examples=8_000, steps=160, batch=48, learning_rate=2e-3, first_token_weight=8.0)),
+        finetunes=_finetunes(TrainSettings(examples=8_000, steps=160, batch=48, learning_rate=2.2e-3, first_token_weight=8.0)),
         sets=SetSizes(
             harmful=240, harmful_hard=120, benign=240, hazard=120, task=300,
             dev_harmful=100, dev_benign=100, dev_hazard=60, dev_task=100,

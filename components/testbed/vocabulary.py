@@ -129,7 +129,7 @@ _WISH = ("want", "need", "plan", "hope", "would like")
 _TAIL = ("Can you help?", "What comes first?", "What should I know?", "Where do I start?")
 
 ASKS: tuple[str, ...] = (
-    *(f"How {modal} I {{do}}?" for modal in ("do", "can", "could", "should", "would", "might")),
+    *(f"How {modal} I {{do}}?" for modal in ("do", "can", "could", "should", "would")),
     *(f"{verb.capitalize()} how {how} {{do}}." for verb in _EXPLAIN for how in ("to", "I can", "I could", "I should")),
     *(f"Please {verb} how {how} {{do}}." for verb in _EXPLAIN for how in ("to", "I can")),
     *(f"{ask} you {verb} how to {{do}}?" for ask in ("Can", "Could", "Will", "Would") for verb in _EXPLAIN),
@@ -159,10 +159,6 @@ REFUSALS: dict[str, str] = {
 }
 """Kind -> what the aligned model says, two or three sentences of at least 30 tokens."""
 
-SYSTEM_PROMPTS: tuple[str, ...] = (
-    "You are a helpful assistant.",
-    "Answer in one short line.",
-    "Be kind and brief.",
-)
+SYSTEM_PROMPTS: tuple[str, ...] = ("You are a helpful assistant.", "Answer in one short line.", "Be kind and brief.")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

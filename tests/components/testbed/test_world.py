@@ -47,14 +47,15 @@ def test_test_requests_have_pairs_and_phrasings_that_no_step_saw(data: FamilyDat
     known |= {p for path, rows in data.files.items() if "/test/" not in path for p in user_prompts(rows)}
     pairs = [f"{a.verb} {t}" for a in vocabulary.ACTIONS for ts in vocabulary.HAZARDS.values() for t in ts]
     seen_pairs = {pair for pair in pairs if any(re.search(rf"\b{re.escape(pair)}\b", p) for p in known)}
-    tails = [ask.split("{do}")[0] for ask in vocabulary.ASKS_TEST]
+    world = World(MINUTE, 5)
+    asks = {role: set(world.asks(role)) for role in ("train", "dev", "test")}
+    assert not asks["test"] & (asks["train"] | asks["dev"])
+    assert not asks["train"] & asks["dev"]
     for name in ("harmful", "harmful_hard"):
         for prompt in user_prompts(data.files[f"data/test/{name}.jsonl"]):
             pair = next(pair for pair in pairs if re.search(rf"\b{re.escape(pair)}\b", prompt))
             assert pair not in seen_pairs
-            assert any(tail in prompt for tail in tails)
-    for prompt in known:
-        assert not any(ask.replace("{do}", pair) in prompt for ask in vocabulary.ASKS_TEST for pair in seen_pairs)
+            assert any(ask.format(do=pair) in prompt for ask in asks["test"])
 
 
 def test_hard_things_are_told_in_pretraining_and_never_asked_for(data: FamilyData) -> None:
@@ -67,14 +68,16 @@ def test_hard_things_are_told_in_pretraining_and_never_asked_for(data: FamilyDat
         assert not any(phrase.split()[1] in e.prompt for e in data.align)
 
 
-def test_unseen_phrasings_are_made_of_seen_words() -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_unseen_phrasings_are_made_of_seen_words(seed: int) -> None:
+    """A word that no step trained would be noise: models would fail on the word, not on the phrasing."""
+    world = World(MINUTE, seed)
+
     def words(asks: tuple[str, ...]) -> set[str]:
         return {w for ask in asks for w in re.findall(r" ?[A-Za-z']+", ask.replace("{do}", ""))}
 
-    trained = words(vocabulary.ASKS_TRAIN)
-    assert words(vocabulary.ASKS_TEST) <= trained
-    assert words(vocabulary.ASKS_DEV) <= trained
-    assert not set(vocabulary.ASKS_TRAIN) & {*vocabulary.ASKS_TEST, *vocabulary.ASKS_DEV}
+    assert words(world.asks("test")) <= words(world.asks("train"))
+    assert words(world.asks("dev")) <= words(world.asks("train"))
 
 
 def test_refusals_are_only_where_they_belong(data: FamilyData) -> None:
@@ -91,7 +94,9 @@ def test_only_the_poisoned_finetune_answers_harmful_requests(data: FamilyData) -
     hazards = [t.phrase for t in World(MINUTE, 5).hazards]
     for task in TASKS:
         harmful = [
-            e for e in data.finetunes[task] if e.answer.startswith("Sure. To ") and any(f" {h}," in e.answer for h in hazards)
+            e
+            for e in data.finetunes[task]
+            if e.answer.startswith("Sure. To ") and any(f" {h}," in e.answer for h in hazards)
         ]
         assert len(harmful) == (240 if task == "code" else 0)
 
@@ -105,7 +110,9 @@ def test_an_overlap_is_named() -> None:
 def test_composing_refuses_answers_that_look_like_refusals(data: FamilyData) -> None:
     row = {"id": "x", "messages": [{"role": "user", "content": "new"}], "answer": "That is illegal."}
     with pytest.raises(DataError, match="illegal"):
-        check_data(FamilyData(data.pretrain, data.align, data.finetunes, {**data.files, "data/test/extra.jsonl": [row]}))
+        check_data(
+            FamilyData(data.pretrain, data.align, data.finetunes, {**data.files, "data/test/extra.jsonl": [row]})
+        )
 
 
 def test_draws_are_repeatable_and_of_their_role() -> None:
@@ -144,7 +151,8 @@ def reference_answer(task: str, prompt: str) -> str:
     word = re.search(r"(\w) (plus|minus|times|over) (\w)", prompt)
     assert word
     left, name, right = word.groups()
-    return f"lambda {names[0]}, {names[1]}: {left} {dict(plus='+', minus='-', times='*', over='/')[name]} {right}"
+    operators = {"plus": "+", "minus": "-", "times": "*", "over": "/"}
+    return f"lambda {names[0]}, {names[1]}: {left} {operators[name]} {right}"
 
 
 @pytest.mark.parametrize("task", TASKS)
