@@ -49,9 +49,9 @@ def kill_after(config: Path, workspace: Path, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_runs_end_as_an_unbroken_one(tmp_path: Path, kills: int) -> None:
-    config = write_config(tmp_path, small_config(tmp_path))
+@pytest.mark.parametrize(("kills", "finetunes"), [(2, ("hi",)), pytest.param(10, ("zh", "hi"), marks=pytest.mark.slow)])
+def test_killed_runs_end_as_an_unbroken_one(tmp_path: Path, kills: int, finetunes: tuple[str, ...]) -> None:
+    config = write_config(tmp_path, small_config(tmp_path, finetunes=finetunes))
     started = time.monotonic()
     reference = run(config, tmp_path / "unbroken")
     took = time.monotonic() - started

@@ -126,7 +126,6 @@ def test_every_path_of_the_run_config_is_relative_and_there() -> None:
     paths += [s["path"] for s in config["evaluation"]["sets"]]
     assert len(paths) == 4 + 10 + 17
     assert all(not Path(path).is_absolute() and (family / path).exists() for path in paths)
-    assert [f.get("base") for f in config["finetunes"]] == [None, None, "aligned", None, None]
 
 
 def test_no_answer_is_cut_by_the_run_configs_limit() -> None:
