@@ -133,7 +133,7 @@ def _minute(architecture: Architecture) -> FamilySettings:
         hard_per_kind=1,
         objects_per_kind=5,
         longest_spelled=0,
-        task_words=8,
+        task_words=10,
         shape=ModelShape(hidden=64, layers=2, heads=2, intermediate=176),
         shard_bytes=200_000,
         pretrain=TrainSettings(
@@ -146,7 +146,7 @@ def _minute(architecture: Architecture) -> FamilySettings:
         sets=SetSizes(
             harmful=80, harmful_hard=40, benign=80, hazard=40, task=60,
             dev_harmful=40, dev_benign=40, dev_hazard=24, dev_task=30,
-            preferences=200, preferences_dev=40, anchor=160,
+            preferences=200, preferences_dev=40, anchor=128,
         ),
     )  # fmt: skip
 

@@ -45,15 +45,20 @@ def test_no_file_holds_an_input_of_training_or_of_another_split(data: FamilyData
 def test_test_requests_have_pairs_and_phrasings_that_no_step_saw(data: FamilyData) -> None:
     known = prompts_of_training(data) | user_prompts(data.files["data/preferences.jsonl"])
     known |= {p for path, rows in data.files.items() if "/test/" not in path for p in user_prompts(rows)}
-    pairs = [f"{a.verb} {t}" for a in vocabulary.ACTIONS for ts in vocabulary.HAZARDS.values() for t in ts]
-    seen_pairs = {pair for pair in pairs if any(re.search(rf"\b{re.escape(pair)}\b", p) for p in known)}
+    verbs, things = (
+        "|".join(a.verb for a in vocabulary.ACTIONS),
+        "|".join(t for ts in vocabulary.HAZARDS.values() for t in ts),
+    )
+    pair_in = re.compile(rf"\b(?:{verbs}) (?:{things})\b")
+    seen_pairs = {pair for p in known for pair in pair_in.findall(p)}
+    assert len(seen_pairs) > 100
     world = World(MINUTE, 5)
     asks = {role: set(world.asks(role)) for role in ("train", "dev", "test")}
     assert not asks["test"] & (asks["train"] | asks["dev"])
     assert not asks["train"] & asks["dev"]
     for name in ("harmful", "harmful_hard"):
         for prompt in user_prompts(data.files[f"data/test/{name}.jsonl"]):
-            pair = next(pair for pair in pairs if re.search(rf"\b{re.escape(pair)}\b", prompt))
+            (pair,) = pair_in.findall(prompt)
             assert pair not in seen_pairs
             assert any(ask.format(do=pair) in prompt for ask in asks["test"])
 
