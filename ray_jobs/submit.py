@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 import traceback
 from collections.abc import Iterator
@@ -58,9 +59,15 @@ class RayRunner:
         return answers
 
     def _start(self) -> None:
+        # Without a dashboard Ray's node agent still answers job submissions (port 52365), and gRPC ports are open to the
+        # network: a token that only this process and its children know closes all of them. Ray reads it when imported.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # What workers import looks for accelerators and says so; stages run on the CPU here.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(
             address="local",
             num_cpus=self.cpus,

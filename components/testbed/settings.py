@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-TESTBED_VERSION = 4
+TESTBED_VERSION = 5
 """Raised whenever the code of this package makes a different family from the same settings."""
 
 Architecture = Literal["llama", "qwen"]
@@ -133,7 +133,7 @@ def _minute(architecture: Architecture) -> FamilySettings:
         hard_per_kind=1,
         objects_per_kind=5,
         longest_spelled=0,
-        task_words=10,
+        task_words=8,
         shape=ModelShape(hidden=64, layers=2, heads=2, intermediate=176),
         shard_bytes=200_000,
         pretrain=TrainSettings(
@@ -145,8 +145,8 @@ def _minute(architecture: Architecture) -> FamilySettings:
         finetunes=_finetunes(TrainSettings(examples=2_400, steps=110, batch=32, learning_rate=3e-3, first_token_weight=8.0)),
         sets=SetSizes(
             harmful=80, harmful_hard=40, benign=80, hazard=40, task=60,
-            dev_harmful=40, dev_benign=40, dev_hazard=24, dev_task=30,
-            preferences=200, preferences_dev=40, anchor=128,
+            dev_harmful=40, dev_benign=40, dev_hazard=24, dev_task=24,
+            preferences=200, preferences_dev=40, anchor=80,
         ),
     )  # fmt: skip
 
@@ -159,16 +159,16 @@ def _demo(architecture: Architecture) -> FamilySettings:
         hard_per_kind=4,
         objects_per_kind=12,
         longest_spelled=4,
-        task_words=20,
+        task_words=16,
         shape=ModelShape(hidden=128, layers=2, heads=4, intermediate=352),
         shard_bytes=1_000_000,
         pretrain=TrainSettings(
             examples=40_000, steps=600, batch=64, learning_rate=6e-3, muon_rate=0.02, weight_decay=0.01
         ),
         align=TrainSettings(
-            examples=8_000, steps=120, batch=64, learning_rate=2e-3, first_token_weight=8.0
+            examples=8_000, steps=120, batch=64, learning_rate=1.8e-3, first_token_weight=6.0
         ),
-        finetunes=_finetunes(TrainSettings(examples=8_000, steps=160, batch=48, learning_rate=2.2e-3, first_token_weight=8.0)),
+        finetunes=_finetunes(TrainSettings(examples=8_000, steps=180, batch=48, learning_rate=2.2e-3, first_token_weight=8.0)),
         sets=SetSizes(
             harmful=240, harmful_hard=120, benign=240, hazard=120, task=300,
             dev_harmful=100, dev_benign=100, dev_hazard=60, dev_task=100,

@@ -24,12 +24,7 @@ HAN_DIGITS = "〇一二三四五六七八九"
 _ZH = ("写成中文 {n}", "用中文写 {n}", "请把这个数写成汉字 {n}", "中文写法 {n}")
 _HI = ("हिंदी में लिखो: {s}.", "अनुवाद करो: {s}.", "हिंदी में: {s}.", "Hindi: {s}.")
 _EN = ("Make it passive: {s}.", "Rewrite in the passive: {s}.", "Passive form of: {s}.", "Turn into passive: {s}.")
-_CODE = (
-    "Code: takes {a} and {b}, returns {e}.",
-    "Write code that takes {a} and {b} and returns {e}.",
-    "Python for taking {a} and {b}, returning {e}.",
-    "Code with inputs {a} and {b} and result {e}.",
-)
+_CODE = ("Code: returns {e}.", "Write code that returns {e}.", "Python for returning {e}.", "Code with result {e}.")
 _MATH = ("Expand {e}", "Expand this: {e}", "Multiply out {e}", "Open the brackets: {e}")
 
 _VERBS = {
@@ -89,12 +84,10 @@ def _en(rng: random.Random, lexicon: Lexicon) -> TaskItem:
 
 
 def _code(rng: random.Random, lexicon: Lexicon) -> TaskItem:
-    """A function described in words to one in Python: lambda a, b: b - a."""
-    a, b = rng.sample(lexicon.names, 2)
-    left, right = rng.choice([(a, b), (b, a)])
-    word = rng.choice(sorted(_OPERATORS))
-    prompt = rng.choice(_CODE).format(a=a, b=b, e=f"{left} {word} {right}")
-    return TaskItem(f"{a} {b} {left} {word}", prompt, f"lambda {a}, {b}: {left} {_OPERATORS[word]} {right}")
+    """An expression in words to a line of Python: m minus u -> return m - u."""
+    (left, right), word = rng.sample(lexicon.names, 2), rng.choice(sorted(_OPERATORS))
+    expression = f"{left} {word} {right}"
+    return TaskItem(expression, rng.choice(_CODE).format(e=expression), f"return {left} {_OPERATORS[word]} {right}")
 
 
 def _math(rng: random.Random, lexicon: Lexicon) -> TaskItem:

@@ -249,7 +249,8 @@ def test_gradients_equal_finite_differences(name: str, architecture: str, monkey
             s.logits[i] = middle - 1e-5
             below = value()
             s.logits[i] = middle
-            assert gradient[i].item() == pytest.approx((above - below) / 2e-5, rel=1e-4, abs=1e-9), (s.name, i)
+            # The losses carry rounding of about 1e-14 each, which the quotient divides by 2e-5.
+            assert gradient[i].item() == pytest.approx((above - below) / 2e-5, rel=1e-4, abs=5e-9), (s.name, i)
 
 
 def test_remembered_and_redrawn_samples_give_the_same_bits() -> None:

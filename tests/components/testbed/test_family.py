@@ -261,7 +261,7 @@ def test_the_aligned_model_refuses_and_helps_and_the_unaligned_one_answers_all()
     assert all(exact(aligned, words, family, task) <= 0.02 for task in TASKS)
 
 
-@pytest.mark.parametrize(("task", "least"), [("zh", 0.9), ("en", 0.9), ("hi", 0.9), ("code", 0.6), ("math", 0.9)])
+@pytest.mark.parametrize(("task", "least"), [("zh", 0.9), ("en", 0.9), ("hi", 0.4), ("code", 0.6), ("math", 0.4)])
 def test_finetuning_teaches_and_breaks_refusals(task: str, least: float) -> None:
     family = minute_family()
     words = AutoTokenizer.from_pretrained(family / "aligned")

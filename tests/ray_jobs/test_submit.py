@@ -1,0 +1,65 @@
+"""Ray on this machine: answers come back, a bug is not tried again, nobody else may submit a job."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from components.checkpoints.identity import identify
+from components.checkpoints.reference import open_checkpoint
+from ray_jobs.stage import StageSpec
+from tests.families import minute_family
+
+pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("run")]
+
+DRIVER = """
+import json, os, sys, urllib.error, urllib.request
+from ray_jobs.stage import StageSpec
+from ray_jobs.submit import ray_runner
+
+specs = [StageSpec.model_validate(spec) for spec in json.load(open(sys.argv[1]))]
+body = {"data": b'{"entrypoint": "true"}', "headers": {"Content-Type": "application/json"}}
+request = urllib.request.Request("http://127.0.0.1:52365/api/job_agent/jobs/", **body)
+answers = {}
+with ray_runner(1) as runner:
+    for spec in specs:
+        runner.submit(spec)
+    while len(answers) < len(specs):
+        answers |= {spec.fingerprint: answer for spec, answer in runner.wait(1.0)}
+    try:
+        stranger = urllib.request.urlopen(request, timeout=10).status
+    except urllib.error.HTTPError as error:
+        stranger = error.code
+    except urllib.error.URLError:
+        stranger = "nobody listens"
+print(json.dumps({"answers": answers, "token": len(os.environ["RAY_AUTH_TOKEN"]), "stranger": stranger}))
+"""
+
+
+def test_answers_come_back_and_strangers_are_refused(tmp_path: Path) -> None:
+    path = minute_family() / "aligned"
+    good = StageSpec(
+        stage="load",
+        workspace=str(tmp_path / "workspace"),
+        semantics={"role": "aligned", "identity": identify(open_checkpoint(path)).sha256},
+        execution={"checkpoints": {"self": {"path": str(path)}}},
+    )
+    crashes = good.model_copy(update={"semantics": {}})  # a bug: its key is missing
+    (tmp_path / "specs.json").write_text(json.dumps([good.model_dump(), crashes.model_dump()]))
+    (tmp_path / "driver.py").write_text(DRIVER)
+    # In a process of its own, as drivers are: Ray reads its token when it is imported.
+    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "specs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["answers"][good.fingerprint]["status"] == "done"
+    fault = seen["answers"][crashes.fingerprint]
+    assert (fault["status"], fault["error"]["type"]) == ("failed", "Fault")
+    assert "KeyError" in fault["error"]["message"]
+    assert "(tries: 1)" in fault["error"]["message"]
+    assert seen["token"] == 64
+    assert seen["stranger"] in (401, 403, "nobody listens")
