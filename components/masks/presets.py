@@ -30,8 +30,9 @@ PRESETS: dict[str, MaskSettings] = {
     ),
 }
 """`paper`: the objective of SOMF as published (reference: the aligned model). `realign`: the default, with the utility anchor,
-annealed to a mask that can be used binary. Learning rate, steps, batch and anchor weight were chosen on the testbed's dev sets
-at seed 0 (`python -m benchmarks.tune_presets`); a larger model wants its own."""
+annealed to a mask that can be used binary. The numbers of `realign` were chosen on dev sets of the testbed at seed 0; those of
+`paper` have the same steps and batch and have not been searched yet (`python -m benchmarks.tune_presets` does both). A larger
+model wants its own."""
 
 
 def resolve(preset: str = "realign", overrides: Mapping[str, Any] | None = None) -> MaskSettings:
