@@ -59,8 +59,9 @@ class RayRunner:
         return answers
 
     def _start(self) -> None:
-        # Without a dashboard Ray's node agent still answers job submissions (port 52365), and gRPC ports are open to the
-        # network: a token that only this process and its children know closes all of them. Ray reads it when imported.
+        # Without a dashboard Ray's node agent still listens for jobs (port 52365), and gRPC ports are open to the network.
+        # Ray asks for a token there; ours is random and known to this process and its children alone, not kept in a file
+        # of the user's. Ray reads it when imported.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         # What workers import looks for accelerators and says so; stages run on the CPU here.
