@@ -17,7 +17,7 @@ from tests.families import minute_family
 pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("run")]
 
 DRIVER = """
-import json, os, sys, urllib.error, urllib.request
+import json, os, sys, time, urllib.error, urllib.request
 from ray_jobs.stage import StageSpec
 from ray_jobs.submit import ray_runner
 
@@ -25,18 +25,27 @@ specs = [StageSpec.model_validate(spec) for spec in json.load(open(sys.argv[1]))
 body = {"data": b'{"entrypoint": "true"}', "headers": {"Content-Type": "application/json"}}
 request = urllib.request.Request("http://127.0.0.1:52365/api/job_agent/jobs/", **body)
 answers = {}
+
+def stranger():
+    "What the job agent answers to a request without the token, once it answers at all: it is slow to start."
+    last = "nobody asked"
+    for _ in range(30):
+        try:
+            return urllib.request.urlopen(request, timeout=10).status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except (urllib.error.URLError, TimeoutError) as error:
+            last = "nobody listens" if "refused" in str(error) else f"no answer: {error}"
+            time.sleep(1)
+    return last
+
 with ray_runner(1) as runner:
     for spec in specs:
         runner.submit(spec)
     while len(answers) < len(specs):
         answers |= {spec.fingerprint: answer for spec, answer in runner.wait(1.0)}
-    try:
-        stranger = urllib.request.urlopen(request, timeout=10).status
-    except urllib.error.HTTPError as error:
-        stranger = error.code
-    except urllib.error.URLError:
-        stranger = "nobody listens"
-print(json.dumps({"answers": answers, "token": len(os.environ["RAY_AUTH_TOKEN"]), "stranger": stranger}))
+    seen = {"answers": answers, "token": len(os.environ["RAY_AUTH_TOKEN"]), "stranger": stranger()}
+print(json.dumps(seen))
 """
 
 
