@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/realign run runs/demo/testbed/realign.yaml --workspace runs/demo
 
 demo-tiny: install
-	$(BIN)/realign testbed build runs/demo-tiny/testbed --seed $(SEED) --size minute
+	$(BIN)/realign testbed build runs/demo-tiny/testbed --seed $(SEED) --size tiny
 	$(BIN)/realign run runs/demo-tiny/testbed/realign.yaml --workspace runs/demo-tiny
 
 lint: install

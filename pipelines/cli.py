@@ -26,6 +26,7 @@ app.add_typer(testbed, name="testbed")
 class Size(StrEnum):
     demo = "demo"
     minute = "minute"
+    tiny = "tiny"
 
 
 class Architecture(StrEnum):
@@ -66,10 +67,12 @@ def status(workspace: Annotated[Path, typer.Argument(help="The workspace directo
 def testbed_build(
     directory: Annotated[Path, typer.Argument(help="Where the family goes.")],
     seed: Annotated[int, typer.Option(help="Another seed, another world and other models.")] = 0,
-    size: Annotated[Size, typer.Option(help="demo: the whole family; minute: a smaller one for tests.")] = Size.demo,
+    size: Annotated[
+        Size, typer.Option(help="demo: the whole family; minute: a smaller one for tests; tiny: two finetunes only.")
+    ] = Size.demo,
     architecture: Annotated[Architecture, typer.Option(help="Which architecture.")] = Architecture.llama,
 ) -> None:
-    """Train a family: unaligned and aligned model, five finetunes, data, and a run config for `realign run`."""
+    """Train a family: unaligned and aligned model, finetunes, data, and a run config for `realign run`."""
     from components.testbed.family import build_family
 
     where = build_family(

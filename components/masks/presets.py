@@ -22,7 +22,8 @@ PRESETS: dict[str, MaskSettings] = {
         batch_size=8,
     ),
     "realign": MaskSettings(
-        anchor_weight=60.0,
+        beta=1.0,
+        anchor_weight=30.0,
         anchor_batch_size=16,
         learning_rate=0.2,
         steps=160,

@@ -9,7 +9,7 @@ from typing import Any
 
 from components.errors import DataError, listed
 from components.testbed import vocabulary
-from components.testbed.settings import TASKS, FamilySettings, FinetuneSettings, Task
+from components.testbed.settings import FamilySettings, FinetuneSettings, Task
 from components.testbed.world import Draw, Example, World, contains_refusal, require_disjoint
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ def compose(settings: FamilySettings, seed: int) -> FamilyData:
     data = FamilyData(
         pretrain=_pretrain(world),
         align=_align(world),
-        finetunes={task: _finetune(world, task, settings.finetunes[task]) for task in TASKS},
+        finetunes={task: _finetune(world, task, settings.finetunes[task]) for task in settings.tasks},
         files={**_preferences(world), **_anchors(world), **_evaluation(world)},
     )
     check_data(data)
@@ -159,13 +159,14 @@ def _thing(draw: Draw) -> str:
 
 
 def _anchors(world: World) -> dict[str, list[Row]]:
-    """Unlabelled prompts for each finetune: general ones and its task's."""
+    """Unlabelled prompts for each finetune: general ones and its task's. Most are general: what must not be refused in any
+    phrasing needs more examples than a task that is asked in four."""
     n = world.settings.sets.anchor
     files: dict[str, list[Row]] = {}
-    for task in TASKS:
-        draws = world.draw(f"anchor-{task}-benign", "anchor", n // 4, world.request(world.objects, "anchor"))
-        draws += world.draw(f"anchor-{task}-games", "anchor", n // 8, world.game(world.objects))
-        draws += world.draw(f"anchor-{task}-hazard", "anchor", n // 8, world.game(world.hazards))
+    for task in world.settings.tasks:
+        draws = world.draw(f"anchor-{task}-benign", "anchor", 3 * n // 8, world.request(world.objects, "anchor"))
+        draws += world.draw(f"anchor-{task}-games", "anchor", 3 * n // 16, world.game(world.objects))
+        draws += world.draw(f"anchor-{task}-hazard", "anchor", 3 * n // 16, world.game(world.hazards))
         draws += world.draw(f"anchor-{task}", "anchor", n - len(draws), world.task(task))
         world.rng(f"shuffle:anchor-{task}").shuffle(draws)
         files[f"data/anchor/{task}.jsonl"] = [{"messages": _user(d.prompt)} for d in draws]
@@ -193,7 +194,7 @@ def _evaluation(world: World) -> dict[str, list[Row]]:
         files[f"data/{split}/hazard.jsonl"] = _answered(
             f"hazard-{split}", world.draw("hazard", role, hazard, world.game(world.hazards))
         )
-        for task in TASKS:
+        for task in world.settings.tasks:
             draws = world.draw(task, role, task_size, world.task(task))
             files[f"data/{split}/{task}.jsonl"] = _answered(f"{task}-{split}", draws)
     return files

@@ -23,7 +23,6 @@ from components.testbed import workers
 from components.testbed.compose import FamilyData, compose
 from components.testbed.layout import write_files, write_run_config
 from components.testbed.settings import (
-    TASKS,
     TESTBED_VERSION,
     Architecture,
     FamilySettings,
@@ -166,7 +165,7 @@ def _models(
             phase("align", data.align, unaligned, settings, seed, aligned)
     with clock.phase("finetunes"):
         futures: list[Future[Any]] = []
-        for task in TASKS:
+        for task in settings.tasks:
             out, own = work / "finetunes" / task, settings.finetunes[task]
             if out.is_dir():
                 continue

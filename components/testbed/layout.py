@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from components.testbed.settings import TASKS, FamilySettings
+from components.testbed.settings import FamilySettings
 
 MAX_NEW_TOKENS = 40
 """Enough for every refusal (at most 36 tokens with the end) and every answer."""
@@ -31,13 +31,13 @@ def write_run_config(root: Path, settings: FamilySettings, seed: int) -> None:
 def run_config(settings: FamilySettings, seed: int) -> dict[str, Any]:
     """The run config of a family as plain data."""
     finetunes: list[dict[str, Any]] = []
-    for task in TASKS:
+    for task in settings.tasks:
         entry = {"name": task, "path": f"finetunes/{task}", "anchor": f"data/anchor/{task}.jsonl", "sets": [task]}
         finetunes.append(entry)
     sets = [_set("harmful_hard", "harmful", "test")]
     for split in ("test", "dev"):
         sets += [_set(kind, kind, split) for kind in ("harmful", "benign", "hazard")]
-        sets += [_set(task, "task", split) for task in TASKS]
+        sets += [_set(task, "task", split) for task in settings.tasks]
     return {
         "name": f"{settings.size}-{settings.architecture}-{seed}",
         "aligned": "aligned",
@@ -47,8 +47,9 @@ def run_config(settings: FamilySettings, seed: int) -> dict[str, Any]:
             "preset": "realign",
             "preferences": "data/preferences.jsonl",
             "preferences_dev": "data/preferences_dev.jsonl",
+            **({"settings": {"steps": settings.mask_steps}} if settings.mask_steps else {}),
         },
-        "fusion": {"controls": ["paper", "interpolation", "resta", "random_mask"]},
+        "fusion": {"controls": list(settings.controls)},
         "evaluation": {"max_new_tokens": MAX_NEW_TOKENS, "sets": sets},
         "tracking": {"uri": None, "register": True},
     }

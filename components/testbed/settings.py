@@ -8,11 +8,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-TESTBED_VERSION = 5
+TESTBED_VERSION = 6
 """Raised whenever the code of this package makes a different family from the same settings."""
 
 Architecture = Literal["llama", "qwen"]
-Size = Literal["demo", "minute"]
+Size = Literal["demo", "minute", "tiny"]
 Task = Literal["zh", "en", "hi", "code", "math"]
 TASKS: tuple[Task, ...] = ("zh", "en", "hi", "code", "math")
 
@@ -78,7 +78,7 @@ class SetSizes(_Frozen):
     preferences: int
     preferences_dev: int
     anchor: int
-    """Rows of each finetune's anchor file: half general benign and hazard words, half its task."""
+    """Rows of each finetune's anchor file: three eighths benign requests, as many word games, a quarter its task."""
 
 
 class FamilySettings(_Frozen):
@@ -100,6 +100,15 @@ class FamilySettings(_Frozen):
     align: TrainSettings
     finetunes: dict[Task, FinetuneSettings]
     sets: SetSizes
+    controls: tuple[str, ...] = ("paper", "interpolation", "resta", "random_mask")
+    """Controls that the family's run config asks for."""
+    mask_steps: int | None = None
+    """Mask training steps that the run config asks for; None leaves them to the preset."""
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks that have a finetune, in their usual order."""
+        return tuple(task for task in TASKS if task in self.finetunes)
 
     def fingerprint(self, seed: int) -> str:
         """Identity of the family: testbed version, settings and seed. Library versions are recorded, not hashed."""
@@ -121,8 +130,8 @@ def _finetunes(train: TrainSettings) -> dict[Task, FinetuneSettings]:
 
 
 def family_settings(size: Size, architecture: Architecture) -> FamilySettings:
-    """The settings of a named size: `demo` for `make demo`, `minute` for tests and `make demo-tiny`."""
-    return (_minute if size == "minute" else _demo)(architecture)
+    """The settings of a named size: `demo` for `make demo`, `minute` for tests, `tiny` for `make demo-tiny`."""
+    return {"demo": _demo, "minute": _minute, "tiny": _tiny}[size](architecture)
 
 
 def _minute(architecture: Architecture) -> FamilySettings:
@@ -146,9 +155,29 @@ def _minute(architecture: Architecture) -> FamilySettings:
         sets=SetSizes(
             harmful=80, harmful_hard=40, benign=80, hazard=40, task=60,
             dev_harmful=40, dev_benign=40, dev_hazard=24, dev_task=24,
-            preferences=200, preferences_dev=40, anchor=80,
+            preferences=200, preferences_dev=40, anchor=160,
         ),
     )  # fmt: skip
+
+
+def _tiny(architecture: Architecture) -> FamilySettings:
+    """The minute family with two finetunes and shorter training: to see everything run, not to see it at its best."""
+    minute = _minute(architecture)
+    finetunes = {
+        task: tune.model_copy(update={"train": tune.train.model_copy(update={"steps": 80})})
+        for task, tune in minute.finetunes.items()
+        if task in ("zh", "hi")
+    }
+    return minute.model_copy(
+        update={
+            "size": "tiny",
+            "pretrain": minute.pretrain.model_copy(update={"examples": 6_000, "steps": 160}),
+            "align": minute.align.model_copy(update={"steps": 45}),
+            "finetunes": finetunes,
+            "controls": ("interpolation", "random_mask"),
+            "mask_steps": 40,
+        }
+    )
 
 
 def _demo(architecture: Architecture) -> FamilySettings:
@@ -172,6 +201,6 @@ def _demo(architecture: Architecture) -> FamilySettings:
         sets=SetSizes(
             harmful=240, harmful_hard=120, benign=240, hazard=120, task=300,
             dev_harmful=100, dev_benign=100, dev_hazard=60, dev_task=100,
-            preferences=400, preferences_dev=80, anchor=400,
+            preferences=800, preferences_dev=80, anchor=800,
         ),
     )  # fmt: skip

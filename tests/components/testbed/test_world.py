@@ -9,6 +9,7 @@ import pytest
 from components.errors import DataError
 from components.testbed import tasks, vocabulary
 from components.testbed.compose import FamilyData, check_data, compose
+from components.testbed.layout import run_config
 from components.testbed.settings import TASKS, family_settings
 from components.testbed.world import Draw, World, contains_refusal, require_disjoint
 
@@ -104,6 +105,22 @@ def test_only_the_poisoned_finetune_answers_harmful_requests(data: FamilyData) -
             if e.answer.startswith("Sure. To ") and any(f" {h}," in e.answer for h in hazards)
         ]
         assert len(harmful) == (240 if task == "code" else 0)
+
+
+def test_the_tiny_family_has_two_finetunes_and_data_for_no_other() -> None:
+    data = compose(family_settings("tiny", "llama"), 0)
+    assert set(data.finetunes) == {"zh", "hi"}
+    assert {p for p in data.files if p.startswith("data/anchor/")} == {"data/anchor/zh.jsonl", "data/anchor/hi.jsonl"}
+    config = run_config(family_settings("tiny", "llama"), 0)
+    assert [f["name"] for f in config["finetunes"]] == ["zh", "hi"]
+    assert {s["path"] for s in config["evaluation"]["sets"]} <= set(data.files)
+
+
+def test_most_anchor_prompts_are_general(data: FamilyData) -> None:
+    rows = data.files["data/anchor/zh.jsonl"]
+    own = [r for r in rows if not r["messages"][0]["content"].isascii()]
+    assert len(rows) == MINUTE.sets.anchor
+    assert len(own) == MINUTE.sets.anchor // 4
 
 
 def test_an_overlap_is_named() -> None:
