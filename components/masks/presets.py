@@ -23,9 +23,9 @@ PRESETS: dict[str, MaskSettings] = {
     ),
     "realign": MaskSettings(
         beta=1.0,
-        anchor_weight=30.0,
+        anchor_weight=15.0,
         learning_rate=0.4,
-        steps=160,
+        steps=240,
         batch_size=8,
     ),
 }
