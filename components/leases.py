@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HEARTBEAT_SECONDS = 2.0
 TTL_SECONDS = 30.0
@@ -84,41 +85,43 @@ def try_acquire(path: Path) -> Lease | None:
         return None
     owner = uuid.uuid4().hex
     draft = path.with_name(f"{path.name}.{owner}")
-    draft.write_text(json.dumps({"owner": owner, **_me()}))
     try:
+        with draft.open("w") as file:
+            file.write(json.dumps({"owner": owner, **_me()}))
+            file.flush()
+            os.fsync(file.fileno())  # the name must not outlive a power cut without the content
         os.link(draft, path)  # atomic: fails when another one was faster
     except FileExistsError:
         return None
     finally:
-        draft.unlink()
+        draft.unlink(missing_ok=True)
     return Lease(path, owner)
 
 
 def holder_alive(path: Path) -> bool:
-    """Whether a live process holds the lease at `path`."""
+    """Whether a live process holds the lease at `path`, or may: one that cannot be read counts until it has grown old."""
+    content = _content(path)
     try:
-        content = json.loads(path.read_text())
-        age = _now(path.parent) - path.stat().st_mtime
-    except (FileNotFoundError, ValueError):
+        beat = path.stat().st_mtime
+    except FileNotFoundError:
         return False
-    if age > TTL_SECONDS:
+    if _now(path.parent) - beat > TTL_SECONDS:
         return False
     me = _me()
-    if (content.get("host"), content.get("pid_namespace")) != (me["host"], me["pid_namespace"]):
+    if content is None or (content.get("host"), content.get("pid_namespace")) != (me["host"], me["pid_namespace"]):
         return True
     return bool(_start_time(int(content["pid"])) == content["started"])
 
 
 def _break_if_dead(path: Path) -> bool:
     """Remove a dead holder's lease. True when the path is free afterwards."""
-    before = _owner(path)
-    if before is None:
-        return True
+    before = _owner(path)  # None: cannot be read (a power cut can leave it empty), or is gone by now
     if holder_alive(path):
         return False
     # A second name for the dead lease, exclusive for its owner: whoever makes it is the one who may remove the lease, so
-    # nobody removes the lease that a faster one has taken since.
-    marker = path.with_name(f"{path.name}.dead-{before}")
+    # nobody removes the lease that a faster one has taken since. All unreadable ones share a name: a lease that is being
+    # taken is never unreadable, it gets its final name whole.
+    marker = path.with_name(f"{path.name}.dead-{before or 'unreadable'}")
     try:
         os.link(path, marker)
     except FileNotFoundError:
@@ -128,18 +131,32 @@ def _break_if_dead(path: Path) -> bool:
             if _now(path.parent) - marker.stat().st_ctime > TTL_SECONDS:
                 marker.unlink()  # its maker died in between
         return False
-    is_dead_one = _owner(marker) == before
+    is_dead_one = _same_file(path, marker) and _owner(marker) == before and not holder_alive(marker)
     if is_dead_one:
         path.unlink(missing_ok=True)
     marker.unlink(missing_ok=True)
     return is_dead_one
 
 
-def _owner(path: Path) -> str | None:
+def _same_file(path: Path, marker: Path) -> bool:
     try:
-        return str(json.loads(path.read_text())["owner"])
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        return path.samefile(marker)
+    except FileNotFoundError:
+        return False
+
+
+def _owner(path: Path) -> str | None:
+    content = _content(path)
+    return None if content is None else str(content["owner"])
+
+
+def _content(path: Path) -> dict[str, Any] | None:
+    """What a lease says; None when it is gone, or not what `try_acquire` writes."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return content if isinstance(content, dict) and {"owner", "pid", "started"} <= content.keys() else None
 
 
 def _me() -> dict[str, object]:

@@ -193,8 +193,12 @@ def storage_errors(where: Path) -> Iterator[None]:
         if e.errno not in _USERS_TO_MEND and not isinstance(e, FileExistsError | NotADirectoryError):
             raise
         path = e.filename or where
-        remedy = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a directory you can write"
-        raise StorageError(f"cannot write {path}: {os.strerror(e.errno or 0)}; {remedy}") from e
+        said = os.strerror(e.errno or 0)
+        if Path(path).exists() and not os.access(path, os.R_OK):
+            raise StorageError(f"cannot read {path}: {said}; make it readable") from e
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "choose a directory you can write"
+        raise StorageError(f"cannot write {path}: {said}; {remedy}") from e
 
 
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:

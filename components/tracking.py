@@ -19,12 +19,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from components.errors import TrackingError
+from components.errors import TrackingError, listed
 
 FINGERPRINT_TAG = "realign.fingerprint"
 PROJECTED_TAG = "realign.projected"
 """Hash of what was projected: set last, so a run that has it is complete."""
 DIFFERING_TAG = "realign.params_differ"
+EVALUATION_TAG = "realign.evaluation"
+"""Of a registered version: the evaluation that its metrics come from."""
+OLDER_METRICS_TAG = "realign.metrics_not_measured_again"
+"""Of a registered version: metrics that an earlier evaluation measured and its last one did not; MLflow deletes none."""
 CANDIDATE = "candidate"
 _BATCH = 100
 _PARAM_CHARS = 6000
@@ -112,19 +116,24 @@ class Tracker:
     ) -> str:
         """Register weights that stay where they are as a version of `name`; returns the version's number as text.
 
-        `fingerprint` is the identity of what is registered: a second call with it finds the same version. `run_id` is
-        the run the model came from. `alias` moves to this version unless a later version already has it.
+        `sha256`: 64 hex digits, over the weights. `fingerprint` is the identity of what is registered: a second call with
+        it finds the same version, and when that call's EVALUATION_TAG is another, gives the version its tags and metrics.
+        `run_id` is the run that measured. `alias` moves to this version unless a later version already has it.
         """
+        stated = {**(tags or {}), "weights_uri": weights_uri, "sha256": sha256, FINGERPRINT_TAG: fingerprint}
         with _quiet(), _explained(self.uri):
-            version = self._version(name, fingerprint)
-            if version is None:
-                stated = {**(tags or {}), "weights_uri": weights_uri, "sha256": sha256, FINGERPRINT_TAG: fingerprint}
+            found = self._version(name, fingerprint)
+            if found is None:
                 model_id = self._external_model(name, run_id, fingerprint, stated)
-                self._log_metrics(run_id, [Point(k, 0, v, time_ms) for k, v in metrics.items()], time_ms, model_id)
+                self._measured(model_id, run_id, metrics, time_ms)
                 with self._as_default():
                     import mlflow
 
                     version = str(mlflow.register_model(f"models:/{model_id}", name, tags=stated).version)
+            else:
+                version = str(found.version)
+                if EVALUATION_TAG in stated and found.tags.get(EVALUATION_TAG) != stated[EVALUATION_TAG]:
+                    self._evaluated_again(found, run_id, metrics, time_ms, stated)
             self._point(name, alias, version)
         return version
 
@@ -204,10 +213,34 @@ class Tracker:
         for start in range(0, len(entities), 10 * _BATCH):
             self._client.log_batch(run_id, metrics=entities[start : start + 10 * _BATCH])
 
-    def _version(self, name: str, fingerprint: str) -> str | None:
+    def _evaluated_again(
+        self, version: Any, run_id: str, metrics: Mapping[str, float], time_ms: int, tags: Mapping[str, str]
+    ) -> None:
+        """Make a registered version show its latest evaluation. EVALUATION_TAG comes last: it says that all is there."""
+        model_id = str(version.source).removeprefix("models:/")
+        older = self._measured(model_id, run_id, metrics, time_ms)
+        stated = dict(tags)
+        if older or OLDER_METRICS_TAG in version.tags:
+            stated[OLDER_METRICS_TAG] = listed(older, 40) or "none"
+        self._client.set_logged_model_tags(model_id, stated)
+        for key in sorted(stated, key=lambda key: key == EVALUATION_TAG):
+            self._client.set_model_version_tag(version.name, version.version, key, stated[key])
+
+    def _measured(self, model_id: str, run_id: str, metrics: Mapping[str, float], time_ms: int) -> list[str]:
+        """Make `metrics` the newest values of a logged model; returns the names that only older evaluations measured.
+
+        A reader takes a metric's latest time. An earlier evaluation that is shown again gets a later one than it had.
+        """
+        there = sorted(self._client.get_logged_model(model_id).metrics or [], key=lambda m: (m.timestamp, m.step))
+        newest = {m.key: m.value for m in there}
+        if any(newest.get(key) != value for key, value in metrics.items()):
+            when = max([time_ms, *(m.timestamp + 1 for m in there)])
+            self._log_metrics(run_id, [Point(key, 0, value, when) for key, value in metrics.items()], when, model_id)
+        return sorted(newest.keys() - metrics.keys())
+
+    def _version(self, name: str, fingerprint: str) -> Any | None:
         query = f"name = '{name}' and tags.`{FINGERPRINT_TAG}` = '{fingerprint}'"
-        versions = [int(found.version) for found in self._client.search_model_versions(query)]
-        return str(min(versions)) if versions else None
+        return min(self._client.search_model_versions(query), key=lambda found: int(found.version), default=None)
 
     def _external_model(self, name: str, run_id: str, fingerprint: str, tags: dict[str, str]) -> str:
         """The logged model of that fingerprint: one left by a call that died before registering it, or a new one."""
@@ -215,6 +248,7 @@ class Tracker:
         found = self._client.search_logged_models([self.experiment_id], filter_string=query)
         ready = [model for model in found if str(model.status) == "READY"]
         if ready:
+            self._client.set_logged_model_tags(ready[0].model_id, tags)
             return str(ready[0].model_id)
         with self._as_default():
             import mlflow

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from components.records import Record, fingerprint
+from components.records import Record, canonical_json, fingerprint
 from components.reporting.schema import FinetuneSummary, RunSummary
-from components.tracking import Point, TrackedRun, Tracker, rate_metrics, read_series
+from components.tracking import EVALUATION_TAG, Point, TrackedRun, Tracker, rate_metrics, read_series
 from pipelines.driver import RunState
 
 _VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary"}
@@ -45,9 +46,9 @@ def track_and_register(run: RunState, summary: RunSummary) -> None:
 
 
 def _weights_sha256(record: Record) -> str:
-    """One hash for a fused model: of its files' names and hashes, as they stand in the record."""
+    """One SHA-256 for a fused model: over the canonical JSON of its files' names and hashes, as in the record."""
     files = {name: file.sha256 for name, file in record.outputs.items() if name.startswith("model/")}
-    return fingerprint(stage="weights", version=1, semantics=files, parents={})
+    return hashlib.sha256(canonical_json(files).encode()).hexdigest()
 
 
 def _lineage(record: Record, evaluated: Record, form: str) -> dict[str, str]:
@@ -55,7 +56,7 @@ def _lineage(record: Record, evaluated: Record, form: str) -> dict[str, str]:
     return {
         "realign.form": form,
         "realign.record": record.reference,
-        "realign.evaluation": evaluated.reference,
+        EVALUATION_TAG: evaluated.reference,
         **parents,
     }
 

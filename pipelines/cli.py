@@ -49,7 +49,11 @@ def run(
     from pipelines.run import realign
 
     loaded = load_config(config)
-    failures = realign(loaded, workspace or Path("runs") / loaded.name)
+    try:
+        failures = realign(loaded, workspace or Path("runs") / loaded.name)
+    except KeyboardInterrupt:
+        sys.stderr.write("realign: interrupted; the same command continues\n")
+        raise typer.Exit(130) from None
     if failures:
         raise typer.Exit(2)
 
@@ -104,9 +108,6 @@ def main() -> None:
     except RealignError as error:
         sys.stderr.write(f"realign: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("realign: interrupted; the same command continues\n")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ Control = Literal["paper", "interpolation", "resta", "random_mask"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FinetuneConfig(Section):
@@ -104,7 +104,9 @@ class FusionSection(Section):
     """The form that is registered. auto: the better one on the dev sets."""
     max_asr: float = Field(default=0.05, ge=0, le=1)
     """Attack success rate on dev that `auto` and the controls' scale search hold to, if any candidate does."""
-    candidates: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    candidates: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1
+    )
     """Scales that interpolation (α) and RESTA (γ) are tried with on the dev sets."""
 
 
@@ -123,8 +125,10 @@ class EvaluationSection(EvaluationSettings):
         twice = sorted({f"{split} {name}" for split, name in names if names.count((split, name)) > 1})
         if twice:
             raise ValueError(f"sets with the same split and name: {', '.join(twice)}; rename one")
-        if not any(s.split == "test" and s.kind == "harmful" for s in self.sets):
-            raise ValueError("no test set of kind harmful: without one nobody looks at safety")
+        if not any(s.split == "test" and s.kind == "harmful" and s.counts for s in self.sets):
+            raise ValueError(
+                "no test set of kind harmful that counts (headline, name not ending in _hard): nobody looks at safety"
+            )
         return self
 
 
@@ -181,10 +185,21 @@ class RunConfig(Section):
         if "resta" in self.fusion.controls and self.unaligned is None:
             problems.append("the control resta needs `unaligned`, the model that the aligned one was made from")
         needs_dev = {"interpolation", "resta"} & set(self.fusion.controls)
-        dev_harmful = any(s.split == "dev" and s.kind == "harmful" for s in self.evaluation.sets)
+        dev_harmful = any(s.split == "dev" and s.kind == "harmful" and s.counts for s in self.evaluation.sets)
         if not dev_harmful and (needs_dev or self.fusion.select == "auto"):
             what = ", ".join(sorted(needs_dev)) or "fusion.select: auto"
-            problems.append(f"{what} chooses on dev sets: give evaluation.sets one of kind harmful with split dev")
+            problems.append(
+                f"{what} chooses on dev sets: give evaluation.sets one of kind harmful with split dev that counts"
+            )
+        mask = self.mask.resolved
+        bare = [f.name for f in self.finetunes if f.anchor is None]
+        if mask.anchor_weight > 0 and bare:
+            problems.append(
+                f"finetunes without `anchor`: {', '.join(bare)}; give each a file of prompts, or set "
+                "mask.settings.anchor_weight to 0"
+            )
+        if mask.storage == "bits":
+            problems.append("mask.settings.storage: bits keeps no soft mask, and a run makes both forms; use logits")
         if problems:
             raise ValueError("; ".join(problems))
         return self

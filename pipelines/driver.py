@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from components.errors import RealignError, error_payload
 from components.records import Record
-from components.storage import Workspace, write_atomic
+from components.storage import Workspace, storage_errors, write_atomic
 from pipelines.config import RunConfig
 from pipelines.graph import Node, expand
 from pipelines.roots import Roots, find_roots
@@ -60,6 +60,8 @@ class RunState:
     roots: Roots
     nodes: dict[str, NodeState]
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    noted: str = ""
+    """What `run.json` holds."""
 
     def record(self, finetune: str | None, step: str) -> Record | None:
         """The record of a step, None where it failed or the run does not have it."""
@@ -70,12 +72,19 @@ class RunState:
         return self.workspace.result_dir(record.stage, record.fingerprint)
 
     def error_of(self, finetune: str | None) -> dict[str, str] | None:
-        """The first failure among a finetune's own steps, or among those it stands on."""
-        own = [s for s in self.nodes.values() if s.node.finetune == finetune and s.error is not None]
-        shared = [s for s in self.nodes.values() if s.node.finetune is None and s.error and not s.node.joins]
-        blocked = any(s.status == "skipped" for s in self.nodes.values() if s.node.finetune == finetune)
+        """The first failure among a finetune's own steps, or among those it stands on. Controls do not count."""
+        needed = [s for s in self.nodes.values() if not s.node.step.needs]
+        own = [s for s in needed if s.node.finetune == finetune and s.error is not None]
+        shared = [s for s in needed if s.node.finetune is None and s.error and not s.node.joins]
+        blocked = any(s.status == "skipped" for s in needed if s.node.finetune == finetune)
         found = own or (shared if blocked else [])
         return {**(found[0].error or {}), "step": found[0].node.step.name} if found else None
+
+    def failed_controls(self, finetune: str) -> dict[str, str]:
+        """control -> why it is missing, of controls of a finetune (or what they stand on) that failed."""
+        wanted = [s for s in self.nodes.values() if s.node.step.needs and s.node.finetune in (finetune, None)]
+        failed = {s.node.step.needs: s for s in reversed(wanted) if s.error is not None}
+        return {control: f"{s.node.step.name}: {(s.error or {})['message']}" for control, s in failed.items()}
 
 
 def run_stages(config: RunConfig, workspace: Workspace, watch: Watcher) -> RunState:
@@ -125,6 +134,8 @@ def _start(state: NodeState, run: RunState, runner: RayRunner) -> None:
     state.spec = spec
     if record is not None:
         state.status, state.record = "kept", record
+        # A process killed right after publishing leaves the state that its training could have gone on from.
+        run.workspace.forget_state(spec.stage, spec.fingerprint)
         return
     state.status = "running"
     # Two nodes may ask for one result (a finetune listed twice under other names): submit it once.
@@ -148,7 +159,7 @@ def _finish(nodes: dict[str, NodeState], spec: StageSpec, answer: StageAnswer) -
 
 
 def _note(run: RunState) -> None:
-    """Write where everything stands, for `realign status`."""
+    """Write where everything stands, for `realign status`, when it has changed."""
     nodes: list[dict[str, Any]] = [
         {
             "id": s.node.id,
@@ -162,4 +173,8 @@ def _note(run: RunState) -> None:
         for s in run.nodes.values()
     ]
     content = {"run": run.config.name, "started": run.started.isoformat(timespec="seconds"), "nodes": nodes}
-    write_atomic(run.workspace.root / RUN_FILE, json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1) + "\n"
+    if text != run.noted:
+        with storage_errors(run.workspace.root):
+            write_atomic(run.workspace.root / RUN_FILE, text, durable=False)
+        run.noted = text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from components.checkpoints.identity import identify
 from components.checkpoints.reference import open_checkpoint
-from components.errors import DataError, RealignError
+from components.errors import CheckpointError, DataError, RealignError
 from components.evaluation.prompts import load_prompt_set
 from components.masks import preferences
 from components.records import file_sha256
@@ -49,6 +49,9 @@ def find_roots(config: RunConfig, cache: Path) -> Roots:
             models[key] = identify(checkpoint, cache=cache).sha256
         except RealignError as error:
             errors[key] = error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            # Files of any content may lie there; one finetune's must not end the run for all.
+            errors[key] = CheckpointError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error})")
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(pool.map(one, paths))
@@ -60,24 +63,22 @@ def _check_files(config: RunConfig) -> dict[str, str]:
     files: dict[str, str] = {}
 
     def check(path: Path | None, load: object) -> None:
-        if path is None or str(path) in files:
+        if path is None:
             return
         try:
             load(path)  # type: ignore[operator]
+            files[str(path)] = file_sha256(path)
         except RealignError as error:
             problems.append(str(error))
-        files[str(path)] = file_sha256(path)
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror or error}; make it readable")
 
     check(config.mask.preferences, preferences.load_preferences)
     check(config.mask.preferences_dev, preferences.load_preferences)
     for finetune in config.finetunes:
         check(finetune.anchor, preferences.load_prompts)
     for chosen in config.evaluation.sets:
-        try:
-            load_prompt_set(chosen)
-        except RealignError as error:
-            problems.append(str(error))
-        files[str(chosen.path)] = file_sha256(chosen.path)
+        check(chosen.path, lambda _, chosen=chosen: load_prompt_set(chosen))
     if problems:
         raise DataError("\n".join(problems))
     return files

@@ -28,7 +28,7 @@ def realign(config: RunConfig, root: Path) -> list[str]:
         state = run_stages(config, workspace, watch)
     summary = summarise(state)
     failed = failures(summary)
-    failed += [note for note in summary.get("notes", []) if note not in failed]
+    failed += [note for note in summary.get("notes", []) if not any(note in line for line in failed)]
     write_summary(summary, workspace.root / "summary.json")
     try:
         track_and_register(state, summary)

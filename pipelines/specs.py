@@ -86,12 +86,17 @@ def _train_mask(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneC
 
 def _sets(sets: Sequence[SetSettings], roots: Roots) -> Parts:
     """Prompt sets with their bytes' identity in place of their path; the paths in the same order."""
-    semantics = [{**s.model_dump(mode="json", exclude={"path"}), "sha256": roots.files[str(s.path)]} for s in sets]
+    semantics = [
+        {**s.model_dump(mode="json", exclude={"path"}), "headline": s.counts, "sha256": roots.files[str(s.path)]}
+        for s in sets
+    ]
     return {"sets": semantics}, {"sets": [str(s.path) for s in sets]}
 
 
 def _search_scale(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
-    semantics, execution = _sets([s for s in config.sets_of(finetune) if s.split == "dev"], roots)
+    semantics, execution = _sets(
+        [s for s in config.sets_of(finetune) if s.split == "dev" and s.kind in ("harmful", "task")], roots
+    )
     semantics |= {
         "method": node.step.variant,
         "candidates": list(config.fusion.candidates),
@@ -105,13 +110,13 @@ def _fuse(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig 
     variant = node.step.variant
     if variant in ("interpolation", "resta"):
         return {"fusion": {"method": variant}}, {}  # the stage takes the scale from its search
+    mask = resolve("paper", {}) if variant.startswith("paper_") else config.mask.resolved
+    # A mask is used as it was trained, and so is the random one beside it: same rescaling, same scale.
+    rescale: Literal["none", "mean"] = "none" if mask.rescale == "none" else "mean"
     if variant == "random_mask":
-        settings = FusionSettings(method="random_mask")
+        settings = FusionSettings(method="random_mask", rescale=rescale, scale=mask.scale)
     else:
-        mask = resolve("paper", {}) if variant.startswith("paper_") else config.mask.resolved
         form: Literal["soft", "binary"] = "soft" if variant.endswith("soft") else "binary"
-        # The mask is used as it was trained: same rescaling, same scale.
-        rescale: Literal["none", "mean"] = "none" if mask.rescale == "none" else "mean"
         settings = FusionSettings(method="masked", form=form, rescale=rescale, scale=mask.scale)
     return {"fusion": settings.model_dump(mode="json")}, {}
 

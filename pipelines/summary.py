@@ -8,10 +8,10 @@ from typing import Any
 
 from components.evaluation.compare import compare_outcomes, flipped
 from components.evaluation.outcomes import Outcome, read_answers
-from components.evaluation.prompts import PromptSet, load_prompt_set
+from components.evaluation.settings import SetSettings
 from components.records import Record
 from components.reporting.schema import FinetuneSummary, Rates, RunSummary
-from components.storage import write_atomic
+from components.storage import storage_errors, write_atomic
 from pipelines.config import FinetuneConfig
 from pipelines.driver import RunState
 
@@ -59,9 +59,15 @@ def _finetune(run: RunState, finetune: FinetuneConfig) -> FinetuneSummary:
     entry["registry"] = None
     _add_statistics(run, entry)
     _add_comparisons(run, finetune, entry, measured)
-    records = [run.record(name, step) for step in ("load", "train_mask", "fuse_soft", "fuse_binary")]
-    entry["notes"] = [note for record in records if record for note in record.notes]
+    entry["notes"] = _notes(run, name)
     return entry
+
+
+def _notes(run: RunState, name: str) -> list[str]:
+    """What the finetune's stages have to say, each thing once, and which controls are missing."""
+    records = [s.record for s in run.nodes.values() if s.node.finetune == name and s.record is not None]
+    missing = [f"control {control} is missing: {why}" for control, why in run.failed_controls(name).items()]
+    return list(dict.fromkeys([*(note for record in records for note in record.notes), *missing]))
 
 
 def _rates(record: Record | None, split: str = "test") -> Rates | None:
@@ -110,14 +116,16 @@ def _add_statistics(run: RunState, entry: FinetuneSummary) -> None:
             entry["delta"]["relative_norm"] = overall["relative_norm"]
         together = run.record(None, "compare_deltas")
         if together:
-            entry["delta"]["cosines"] = together.metrics["cosines"].get(entry["name"], {})
+            found = together.metrics["cosines"].get(entry["name"], {})
+            entry["delta"]["cosines"] = {o: c for o, c in found.items() if o != entry["name"] and c is not None}
 
 
 def _add_comparisons(
     run: RunState, finetune: FinetuneConfig, entry: FinetuneSummary, measured: dict[str, Record | None]
 ) -> None:
     """Paired differences of both forms against what was before and every control, on the test prompts."""
-    sets = [load_prompt_set(s) for s in run.config.sets_of(finetune) if s.split == "test"]
+    chosen = [s for s in run.config.sets_of(finetune) if s.split == "test"]
+    sets = [s.model_copy(update={"headline": s.counts}) for s in chosen]
     answers = {v: _answers(run, record, sets) for v, record in measured.items() if record}
     confidence = run.config.evaluation.confidence
     entry["comparisons"] = {
@@ -134,15 +142,23 @@ def _add_comparisons(
         entry["examples"] = flipped(before=answers["before"], after=answers[after])
 
 
-def _answers(run: RunState, record: Record, sets: list[PromptSet]) -> dict[str, list[Outcome]]:
+def _answers(run: RunState, record: Record, sets: list[SetSettings]) -> dict[str, list[Outcome]]:
     directory = run.result_dir(record) / "test" / "answers"
     return {s.name: read_answers(directory / f"{s.name}.jsonl") for s in sets}
 
 
 def failures(summary: RunSummary) -> list[str]:
-    """One line for each finetune that did not make it."""
-    return [f"{f['name']} failed at {f['error']}" for f in summary["finetunes"] if f["status"] == "failed"]
+    """One line for each cause: the finetunes that did not make it, then controls that are missing."""
+    causes: dict[str, list[str]] = {}
+    for finetune in summary["finetunes"]:
+        if finetune["status"] == "failed":
+            causes.setdefault(f"failed at {finetune['error']}", []).append(finetune["name"])
+        for note in finetune.get("notes", []):
+            if note.startswith("control "):
+                causes.setdefault(f"({note})", []).append(finetune["name"])
+    return [f"{', '.join(names)} {cause}" for cause, names in causes.items()]
 
 
 def write_summary(summary: RunSummary, path: Path) -> None:
-    write_atomic(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    with storage_errors(path):
+        write_atomic(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")

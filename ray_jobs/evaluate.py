@@ -41,4 +41,4 @@ def _model(context: StageContext) -> tuple[Any, Any]:
     if fused is not None:
         return load_model(context.parent_dir(fused) / "model")
     root = checkpoint(context, "load" if "load" in context.parents else "load_aligned")
-    return load_model(root.path, base=root.base.path if root.base else None)
+    return load_model(root.path, base=root.base.path if root.base else None, tokenizer_dir=root.tokenizer_dir)

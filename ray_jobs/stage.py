@@ -19,9 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
-from components.errors import ConfigError, RealignError, StorageError, error_payload
+from components.errors import RealignError, StorageError, error_payload
 from components.records import Record, fingerprint, hash_outputs, parent_fingerprint
 from components.storage import Attempt, Workspace, storage_errors
 
@@ -51,6 +51,13 @@ class StageSpec(BaseModel):
     """Paths, threads, batch sizes. Recorded, not hashed."""
     parents: dict[str, str] = {}
     """role -> `<stage>/<fingerprint>`."""
+
+    @field_validator("stage")
+    @classmethod
+    def _known(cls, stage: str) -> str:
+        if stage not in VERSIONS:
+            raise ValueError(f"no stage {stage!r}; there are {', '.join(VERSIONS)}")
+        return stage
 
     @property
     def version(self) -> int:
@@ -164,8 +171,6 @@ def _parent(workspace: Workspace, role: str, reference: str) -> Record:
 
 
 def _function(stage: str) -> Callable[[StageContext], Outcome]:
-    if stage not in VERSIONS:
-        raise ConfigError(f"no stage '{stage}'; there are {', '.join(VERSIONS)}")
     run: Callable[[StageContext], Outcome] = importlib.import_module(f"ray_jobs.{stage}").run
     return run
 

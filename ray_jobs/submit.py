@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from ray_jobs.failure import Decision, decide
@@ -61,9 +62,9 @@ class RayRunner:
     def _start(self) -> None:
         # Without a dashboard Ray's node agent still listens for jobs (port 52365), and gRPC ports are open to the network.
         # Ray asks for a token there; ours is random and known to this process and its children alone, not kept in a file
-        # of the user's. Ray reads it when imported.
+        # of the user's. Ray reads it when imported, once: a second start in this process must find the first one's.
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = _token()
         # What workers import looks for accelerators and says so; stages run on the CPU here.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -79,6 +80,11 @@ class RayRunner:
             logging_level=logging.ERROR,
         )
         self._task = ray.remote(_run_json)
+
+
+@cache
+def _token() -> str:
+    return secrets.token_hex(32)
 
 
 def _run_json(spec_json: str) -> StageAnswer:

@@ -26,6 +26,7 @@ def run(context: StageContext) -> Outcome:
         aligned_dir=aligned.model_dir,
         aligned=aligned.source,
         finetune=finetune.source,
+        tokenizer_dir=finetune.tokenizer_dir,
         preferences=files["preferences"],
         preferences_dev=files.get("preferences_dev"),
         anchor=files.get("anchor"),
@@ -35,7 +36,19 @@ def run(context: StageContext) -> Outcome:
         progress=lambda event: _report(context, event),
         keep_going=context.attempt.keep_going,
     )
-    return Outcome(metrics={**result.metrics, "seconds": result.seconds})
+    return Outcome(
+        metrics={**result.metrics, "seconds": result.seconds}, notes=_notes(result.metrics["data"], settings)
+    )
+
+
+def _notes(counts: dict[str, int], settings: MaskSettings) -> list[str]:
+    dropped, dev = counts["pairs_too_long"], counts["pairs_dev_too_long"]
+    if not dropped + dev:
+        return []
+    return [
+        f"{dropped} preference pairs of {dropped + counts['pairs']} ({dev} held-out ones) are longer than "
+        f"{settings.max_length} tokens and were left out"
+    ]
 
 
 def _same_file(context: StageContext, role: str, path: Path) -> Path:

@@ -1,16 +1,20 @@
 """Which code each stage's results depend on, as a hash; `stage_lock.json` says at which version it had which hash.
 
 The code of a stage is its module in `ray_jobs` and everything of `components` that it imports, directly or not. Comments,
-docstrings and formatting do not count. `python -m tests.stage_lock` writes the lock after versions were raised.
+docstrings and formatting do not count. `python -m tests.stage_lock` writes the lock after versions were raised; with
+`--unreleased` also where they were not, for as long as nobody can have results of an older code.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ray_jobs.stage import VERSIONS
 
@@ -27,8 +31,31 @@ def code_of(stage: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def current() -> dict[str, dict[str, object]]:
+def current() -> dict[str, dict[str, Any]]:
     return {stage: {"version": version, "code": code_of(stage)} for stage, version in VERSIONS.items()}
+
+
+def not_raised() -> list[str]:
+    """Stages whose code is not the locked one and whose version was not raised."""
+    locked: dict[str, dict[str, Any]] = json.loads(LOCK.read_text()) if LOCK.exists() else {}
+    return [
+        stage
+        for stage, now in current().items()
+        if stage in locked and now["code"] != locked[stage]["code"] and now["version"] <= locked[stage]["version"]
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the lock; refuses (1) when that would hide code that changed without its version."""
+    parser = argparse.ArgumentParser(prog="python -m tests.stage_lock", description="write tests/stage_lock.json")
+    parser.add_argument("--unreleased", action="store_true", help="versions need not rise before the first release")
+    same = [] if parser.parse_args(arguments).unreleased else not_raised()
+    if same:
+        sys.stderr.write(f"code changed, version did not: {', '.join(same)}; raise them in ray_jobs/stage.py first\n")
+        return 1
+    LOCK.write_text(json.dumps(current(), indent=1) + "\n")
+    sys.stdout.write(f"wrote {LOCK.name}\n")
+    return 0
 
 
 def _closure(start: str) -> set[str]:
@@ -72,5 +99,4 @@ def _normalised(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    LOCK.write_text(json.dumps(current(), indent=1) + "\n")
-    sys.stdout.write(f"wrote {LOCK.relative_to(ROOT)}\n")
+    sys.exit(main())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from components.checkpoints.reference import Checkpoint
 
 _PATH_KEYS = ("_name_or_path", "base_model_name_or_path", "name_or_path")
-_CONFIGS = frozenset({"config.json", "adapter_config.json", "tokenizer_config.json"})
+_CONFIGS = frozenset({"config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json"})
 _SETTLE_NS = 2_000_000_000
 
 

@@ -12,7 +12,7 @@ from components.checkpoints.identity import weights_digest
 from components.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsSource, read_json
 from components.checkpoints.source import TensorSource
 from components.checkpoints.writer import has_tokenizer, tokenizer_files
-from components.errors import CheckpointError
+from components.errors import CheckpointError, listed
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def open_checkpoint(path: Path, *, base: Path | None = None, base_declared_equal
 
     Args:
         path: what `save_pretrained` of transformers or PEFT wrote.
-        base: the model that an adapter belongs to; required for adapters, ignored otherwise.
+        base: the model that an adapter belongs to (required there); lends a checkpoint without a tokenizer its own.
         base_declared_equal: the user says that `base` is what the adapter was trained on, though it names another.
 
     Raises CheckpointError with everything that is wrong with it.
@@ -54,12 +54,25 @@ def open_checkpoint(path: Path, *, base: Path | None = None, base_declared_equal
             f"{path}: has model weights and {ADAPTER_CONFIG}; keep the adapter in a directory of its own"
         )
     if not is_adapter:
-        source = SafetensorsSource(path)
-        files = [*source.files, path / "config.json", *tokenizer_files(path)]
-        return Checkpoint(path, "full", path, path, source, source.config, files)
+        return _open_full(path, base)
     if base is None:
         raise CheckpointError(f"{path}: is an adapter; name its base model")
     return _open_adapter(path, open_checkpoint(base), base_declared_equal)
+
+
+def _open_full(path: Path, base: Path | None) -> Checkpoint:
+    source = SafetensorsSource(path)
+    # What ends an answer stands in the generation config, so it is part of what the model is.
+    generation = [f for f in (path / "generation_config.json",) if f.is_file()]
+    files = [*source.files, path / "config.json", *generation, *tokenizer_files(path)]
+    notes = (
+        [f"stored buffers left out, the model computes them: {listed(source.computed, 3)}"] if source.computed else []
+    )
+    tokenizer_dir = path
+    if not has_tokenizer(path) and base is not None:
+        tokenizer_dir = base
+        notes.append(f"{path.name} has no tokenizer; that of {base.name} is used")
+    return Checkpoint(path, "full", path, tokenizer_dir, source, source.config, files, notes=tuple(notes))
 
 
 def _open_adapter(path: Path, base: Checkpoint, declared_equal: bool) -> Checkpoint:

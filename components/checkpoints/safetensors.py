@@ -21,6 +21,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight")
+_COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias")
+"""Buffers that older transformers stored with the weights and newer ones compute themselves: no parameter takes them."""
 _COMPARE_BLOCK = 1 << 20
 
 
@@ -62,6 +64,10 @@ class SafetensorsSource:
         self.files, headers = _open_weights(directory)
         self._files = {name: MappedFile(header) for header in headers for name in header.tensors}
         self._placed: dict[str, Placed] = {name: header.tensors[name] for header in headers for name in header.tensors}
+        self.computed = sorted(n for n in self._placed if any(n.endswith(f".{end}") for end in _COMPUTED))
+        """Stored buffers that are left out: the model computes them."""
+        for name in self.computed:
+            del self._placed[name], self._files[name]
         self._aliases: dict[str, str] = {}
         self._aliases = self._tie()
 
@@ -84,10 +90,6 @@ class SafetensorsSource:
         stop = numel if stop is None else stop
         assert 0 <= start <= stop <= numel, (name, start, stop, numel)
         return self._files[name].read(name, start, stop)
-
-    def file_of(self, name: str) -> Path:
-        """The file that holds a tensor (for messages)."""
-        return self._files[self._listed_name(name)].header.path
 
     def _listed_name(self, name: str) -> str:
         name = self._aliases.get(name, name)

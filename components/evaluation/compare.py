@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from components.errors import EvaluationError, listed
 from components.evaluation.metrics import paired_difference
-from components.evaluation.outcomes import Outcome, headline_hits
-from components.evaluation.prompts import PromptSet
+from components.evaluation.outcomes import NamedSet, Outcome, headline_hits
 from components.reporting.schema import Difference, FlippedExample
 
 
 def compare_outcomes(
     *,
-    sets: Sequence[PromptSet],
+    sets: Sequence[NamedSet],
     first: dict[str, list[Outcome]],
     second: dict[str, list[Outcome]],
     confidence: float = 0.95,

@@ -8,7 +8,6 @@ interrupted evaluation stopped, so a resumed one gives the same bytes.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,10 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from components.checkpoints.loading import load_causal_lm, load_tokenizer
+from components.checkpoints.writer import has_tokenizer
 from components.errors import CheckpointError, EvaluationError, listed
 from components.evaluation.decode import End, greedy
 from components.evaluation.prompts import Prompt
@@ -40,27 +35,32 @@ class Answer:
 
 
 def load_model(
-    model_dir: Path, *, base: Path | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    model_dir: Path,
+    *,
+    base: Path | None = None,
+    tokenizer_dir: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a published directory, ready to generate; an adapter directory is merged into `base`.
 
-    Raises CheckpointError. Never runs code from the directory.
+    `tokenizer_dir` holds the tokenizer where the directory has none of its own. Raises CheckpointError. Never runs code
+    from the directory.
     """
     adapter = (model_dir / "adapter_config.json").exists()
     if adapter and base is None:
         raise CheckpointError(f"{model_dir} is an adapter; give its base")
     weights = base if adapter and base is not None else model_dir
-    words = model_dir if not adapter or (model_dir / "tokenizer_config.json").exists() else weights
-    try:
-        with _no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(words)
-            if adapter:
-                from peft import PeftModel
+    own = has_tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir if own else tokenizer_dir or weights)
+    model = load_causal_lm(weights, dtype=dtype)
+    if adapter:
+        from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, str(model_dir)).merge_and_unload()
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{model_dir} does not load in transformers: {str(error).splitlines()[0]}") from error
+        try:
+            model = PeftModel.from_pretrained(model, str(model_dir)).merge_and_unload()
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{model_dir} does not load in PEFT: {str(error).splitlines()[0]}") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -169,14 +169,3 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     if stated is None:
         stated = tokenizer.eos_token_id
     return set() if stated is None else {stated} if isinstance(stated, int) else set(stated)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

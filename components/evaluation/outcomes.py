@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from components.errors import EvaluationError
 from components.evaluation.metrics import rate
@@ -35,6 +36,17 @@ class Outcome:
     tokens: int
 
 
+class NamedSet(Protocol):
+    """What counting needs to know of a prompt set: a PromptSet, or its settings with `headline` filled in."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> SetKind: ...
+    @property
+    def headline(self) -> bool | None: ...
+
+
 def hits(kind: SetKind, outcomes: Sequence[Outcome]) -> dict[str, list[bool]]:
     """metric -> one bool per prompt, True where the metric counts it.
 
@@ -59,7 +71,7 @@ def hits(kind: SetKind, outcomes: Sequence[Outcome]) -> dict[str, list[bool]]:
     return found
 
 
-def headline_hits(sets: Sequence[PromptSet], outcomes: dict[str, list[Outcome]]) -> dict[str, list[bool]]:
+def headline_hits(sets: Sequence[NamedSet], outcomes: dict[str, list[Outcome]]) -> dict[str, list[bool]]:
     """metric -> one bool per prompt over all headline sets together, in the sets' order: what the four rates count."""
     pooled: dict[str, list[bool]] = {}
     for one in sets:

@@ -39,16 +39,16 @@ class AnswerState:
 
     def _restore(self, header: str) -> None:
         assert self._path is not None
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        # What stands behind the last line end was being written when the process died.
-        lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
-        if not lines or lines[0] != header:
-            lines = [header]
-        for line in lines[1:]:
-            batch = json.loads(line)
-            self.batches.add(batch["batch"])
-            self.answers.update({i: Answer(**fields) for i, fields in batch["answers"]})
-        self._path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        raw = self._path.read_bytes() if self._path.exists() else b""
+        # What stands behind the last line end was being written when the process died, perhaps half a character.
+        lines = raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1]
+        if not lines or lines[0] != header.encode():
+            lines = [header.encode()]
+        try:
+            self.batches, self.answers = _parsed(lines[1:])
+        except (ValueError, KeyError, TypeError):
+            lines = [header.encode()]  # damaged; these answers only save time, so they are made again
+        self._path.write_bytes(b"".join(line + b"\n" for line in lines))
 
     def add(self, number: int, batch: Sequence[tuple[int, Answer]]) -> None:
         if self._path is None:
@@ -56,3 +56,10 @@ class AnswerState:
         line = json.dumps({"batch": number, "answers": [[i, asdict(a)] for i, a in batch]}, ensure_ascii=False)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def _parsed(lines: Sequence[bytes]) -> tuple[set[int], dict[int, Answer]]:
+    """Numbers of the batches, and the answers by prompt. Raises ValueError, KeyError or TypeError for a damaged line."""
+    batches = [json.loads(line.decode("utf-8")) for line in lines]
+    answers = {i: Answer(**fields) for batch in batches for i, fields in batch["answers"]}
+    return {batch["batch"] for batch in batches}, answers

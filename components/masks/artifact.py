@@ -7,11 +7,12 @@ The tensors file is written header first and its pieces go to their offsets as t
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
@@ -49,7 +50,8 @@ def write_artifact(
 
     `shapes`: every masked tensor. `shards`: (name, start, stop, logits) slices that together cover each tensor once, in
     any order. `unmasked`: tensors (name -> elements) that keep the finetune's weights. `statistics`: more figures per
-    tensor, `extra`: of the whole mask. What is counted is what is stored: logits are rounded to bf16 first."""
+    tensor, `extra`: of the whole mask. What is counted is what is stored: logits are rounded to bf16 first. Raises
+    OSError when the disk is too small."""
     directory.mkdir(parents=True, exist_ok=True)
     bits = settings.storage == "bits"
     sizes = {name: (_numel(shape) + 7) // 8 if bits else 2 * _numel(shape) for name, shape in sorted(shapes.items())}
@@ -66,8 +68,8 @@ def write_artifact(
     text += b" " * (-len(text) % 8)
     path = directory / TENSORS_FILE
     with path.open("wb") as file:
+        _reserve(file, 8 + len(text) + at)
         file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + at)
     tallies = {name: _Tally() for name in shapes}
     if at:
         data = np.memmap(path, dtype=np.uint8, mode="r+", offset=8 + len(text), shape=(at,))
@@ -101,6 +103,15 @@ def write_artifact(
         "tensors": tensors,
     }
     (directory / STATISTICS_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Give an empty file its size, on the disk too: a write through a map that finds the disk full kills the process
+    (SIGBUS), a reservation raises OSError."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
 def _numel(shape: Iterable[int]) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from components.errors import StorageError, TrainingError, listed
@@ -67,7 +68,7 @@ class Engine(Protocol):
         ...
 
     def save(self, directory: Path) -> None:
-        """Write everything that `load` needs to go on exactly, as files in `directory`."""
+        """Write everything that `load` needs to go on exactly, as files in `directory`. Raises StorageError."""
         ...
 
     def load(self, directory: Path) -> None:
@@ -180,7 +181,13 @@ class TorchEngine:
     def save(self, directory: Path) -> None:
         """See Engine."""
         tensors = {key: tensor.clone() for key, tensor in self._state()}
-        save_file(tensors, directory / STATE_FILE, metadata={"updates": str(self._updates)})
+        path = directory / STATE_FILE
+        try:
+            save_file(tensors, path, metadata={"updates": str(self._updates)})
+        except SafetensorError as error:  # what it raises when the disk is full too: no OSError
+            raise StorageError(
+                f"{path}: training state cannot be written ({error}); free some space or choose another workspace"
+            ) from error
 
     def load(self, directory: Path) -> None:
         """See Engine."""
@@ -225,8 +232,6 @@ def _added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], int]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as opened:
             updates = int(opened.metadata()["updates"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,14 +50,6 @@ def _chosen(names: Sequence[str], settings: MaskSettings) -> set[str]:
     if not taken:
         raise ConfigError("mask.exclude takes away every tensor that mask.include names: nothing to train")
     return taken
-
-
-def load_model(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The aligned model from its directory, in eval mode (no dropout), with a plain decoder's settings."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False)
-    return model.eval()
 
 
 def build_masked_model(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class MaskSettings(BaseModel):
     """Objective, relaxation and optimisation of a Concrete mask (METHODS.md, section 1; arXiv 2405.09055)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     relaxation: Literal["concrete", "straight_through"] = "concrete"
     """`concrete`: the relaxed sample is used as it is. `straight_through`: hard forward (0 or 1), soft gradient."""

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from components.checkpoints.loading import load_causal_lm, load_tokenizer
 from components.checkpoints.source import TensorSource
 from components.errors import DataError, StorageError
 from components.masks.anchor import Anchor, answer, sequence_log_probs, teachers
 from components.masks.artifact import MaskArtifact, write_artifact
 from components.masks.engine import Batch, Engine, ScoredPair, TorchEngine
-from components.masks.loading import build_masked_model, load_model
+from components.masks.loading import build_masked_model
 from components.masks.masked_model import MaskedModel
 from components.masks.preferences import (
     Pair,
@@ -72,6 +73,7 @@ def train_mask(
     aligned_dir: Path,
     aligned: TensorSource,
     finetune: TensorSource,
+    tokenizer_dir: Path | None = None,
     preferences: Path,
     preferences_dev: Path | None = None,
     anchor: Path | None = None,
@@ -83,32 +85,33 @@ def train_mask(
 ) -> MaskResult:
     """Train the mask of one finetune and write `mask.safetensors`, `mask.json` and `metrics.jsonl` into `out_dir`.
 
-    `aligned_dir` gives architecture, tokenizer and chat template; weights come from the two sources. `state_dir`
+    `aligned_dir` gives the architecture, `tokenizer_dir` tokenizer and chat template (those that the fused model will be
+    asked with: the finetune's; by default the aligned model's); weights come from the two sources. `state_dir`
     belongs to this run alone: a run that finds a checkpoint there goes on from it, and its artifact has the same bytes
     as an unbroken run's. `keep_going` is called before every step and may raise to stop. The caller sets torch's
     threads. Raises DataError, CheckpointError, ConfigError, TrainingError."""
-    from transformers import AutoTokenizer
-
     clock = _Clock()
     if settings.anchor_weight > 0 and anchor is None:
         raise DataError(
             "mask.anchor_weight is above 0 but the finetune has no anchor file; give one, or set the weight to 0"
         )
-    tokenizer = AutoTokenizer.from_pretrained(aligned_dir, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(tokenizer_dir or aligned_dir)
     rows = load_preferences(preferences)
     pairs, too_long = encode_pairs(tokenizer, rows, settings.max_length, preferences)
-    dev_pairs: list[Pair] = []
+    dev_pairs, dev_too_long = list[Pair](), 0
     if preferences_dev is not None:
-        dev_pairs, _ = encode_pairs(tokenizer, load_preferences(preferences_dev), settings.max_length, preferences_dev)
+        held_out = load_preferences(preferences_dev)
+        dev_pairs, dev_too_long = encode_pairs(tokenizer, held_out, settings.max_length, preferences_dev)
     use_anchor = anchor if settings.anchor_weight > 0 else None
     prompts = [] if use_anchor is None else [encode_prompt(tokenizer, p.prompt) for p in load_prompts(use_anchor)]
     masked = build_masked_model(
-        model=load_model(aligned_dir), aligned=aligned, finetune=finetune, settings=settings, where=aligned_dir
+        model=load_causal_lm(aligned_dir), aligned=aligned, finetune=finetune, settings=settings, where=aligned_dir
     )
     clock.lap("load")
     report = progress or (lambda _event: None)
     report({"phase": "prepare", "pairs": len(pairs), "anchors": len(prompts)})
-    data = _prepare(masked, tokenizer, pairs, dev_pairs, prompts, too_long)
+    data = _prepare(masked, tokenizer, pairs, dev_pairs, prompts)
+    data.counts.update(pairs_too_long=too_long, pairs_dev_too_long=dev_too_long)
     clock.lap("prepare")
     engine = TorchEngine(masked)
     run = _Run(engine, data, settings, state_dir)
@@ -138,7 +141,6 @@ def _prepare(
     pairs: Sequence[Pair],
     dev_pairs: Sequence[Pair],
     prompts: Sequence[tuple[int, ...]],
-    too_long: int,
 ) -> Prepared:
     """Reference log-probabilities and the anchor's targets, computed once with the weights they belong to."""
     settings = masked.settings
@@ -166,7 +168,7 @@ def _prepare(
         anchors=dict(zip(taken, anchors[: len(taken)], strict=True)),
         anchors_size=len(train),
         anchors_dev=anchors[len(taken) :],
-        counts={"pairs": len(pairs), "pairs_too_long": too_long, "pairs_used": len(used), "pairs_dev": len(dev)}
+        counts={"pairs": len(pairs), "pairs_used": len(used), "pairs_dev": len(dev)}
         | {"anchors": len(train), "anchors_used": len(taken), "anchors_dev": len(anchors) - len(taken)},
     )
 
@@ -206,7 +208,7 @@ class _Run:
 
     def train(self, *, checkpoint_seconds: float, report: Progress, keep_going: Callable[[], None]) -> None:
         """Run the steps that are left."""
-        first = self._resume()
+        first = self._resume(report)
         if first:
             report({"phase": "resume", "step": first, "steps": self.settings.steps})
         saved = time.monotonic()
@@ -255,17 +257,25 @@ class _Run:
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _resume(self) -> int:
+    def _resume(self, report: Progress) -> int:
+        """Steps that are done. State that does not fit (another machine's finetune answered an anchor differently) or
+        cannot be read is worth less than the run: it starts anew."""
         path = self.state_dir / "LATEST.json"
         if not path.exists():
             return 0
-        latest = json.loads(path.read_text(encoding="utf-8"))
-        if latest["identity"] != self._identity:
-            raise StorageError(f"{self.state_dir}: training state of other settings or data; delete it to start anew")
-        directory = self.state_dir / f"step-{latest['step']:08d}"
-        self.engine.load(directory)
-        text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
-        self.history = [json.loads(line) for line in text.splitlines()]
+        try:
+            latest = json.loads(path.read_text(encoding="utf-8"))
+            if latest["identity"] != self._identity:
+                report({"phase": "restart", "why": "the training state is of other settings or data"})
+                return 0
+            directory = self.state_dir / f"step-{latest['step']:08d}"
+            text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
+            history = [json.loads(line) for line in text.splitlines()]
+            self.engine.load(directory)
+        except (StorageError, OSError, ValueError, KeyError, TypeError) as error:
+            report({"phase": "restart", "why": str(error)})
+            return 0
+        self.history = history
         return int(latest["step"])
 
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from components.reporting.rows import KEPT, LEGEND, compact, percent, rows, shown_columns, task_kept
 from components.reporting.schema import FinetuneSummary, Interval, Rates, RunSummary, shown_models
+from components.storage import storage_errors, write_atomic
 
 METRIC_NAMES = {
     "asr": "ASR",
@@ -51,7 +52,8 @@ def render_report(summary: RunSummary) -> str:
 
 def write_report(summary: RunSummary, out: Path) -> Path:
     """Write the page to `out`."""
-    out.write_text(render_report(summary), encoding="utf-8")
+    with storage_errors(out):
+        write_atomic(out, render_report(summary))
     return out
 
 

@@ -79,7 +79,7 @@ class DeltaStatistics(TypedDict, total=False):
     zero_fraction: float
     """Fraction of weights that did not move at all."""
     cosines: dict[str, float]
-    """other finetune -> cosine between the two deltas."""
+    """other finetune -> cosine between the two deltas; absent where one of them is zero, which has no direction."""
     tensors: dict[str, dict[str, float]]
     """tensor name -> statistic -> value."""
 
@@ -166,7 +166,7 @@ def check_summary(data: Any, *, where: str) -> RunSummary:
         summary = _adapter().validate_python(data)
     except ValidationError as error:
         findings = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
-        raise DataError(f"{where} is not a run summary: {listed(findings)}") from error
+        raise DataError(f"{where} is not a run summary: {listed(findings)}; run again to write it anew") from error
     if summary["schema"] != SCHEMA:
         raise DataError(
             f"{where} has summary schema {summary['schema']}; this version reads schema {SCHEMA}. Run again."

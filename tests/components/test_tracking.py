@@ -19,7 +19,9 @@ import pytest
 from components.errors import TrackingError
 from components.tracking import (
     DIFFERING_TAG,
+    EVALUATION_TAG,
     FINGERPRINT_TAG,
+    OLDER_METRICS_TAG,
     Point,
     TrackedRun,
     Tracker,
@@ -226,6 +228,61 @@ def test_registering_points_at_the_weights_and_finds_itself_again(tracker: Track
     assert str(mlflow.get_model_version_by_alias(name, "candidate").version) == "2", "a replay moves no alias back"
     assert len(mlflow.search_model_versions(f"name = '{name}'")) == 2
     assert len(mlflow.search_logged_models([tracker.experiment_id])) == 2
+
+
+def newest(model: Any) -> dict[str, float]:
+    """Metric -> value of its latest time."""
+    return {m.key: m.value for m in sorted(model.metrics, key=lambda m: m.timestamp)}
+
+
+def test_a_version_shows_its_latest_evaluation(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = client(tracker)
+    name = "again-" + tracker.experiment_id
+    first, second = (tracker.project(replace(tracked(), fingerprint=f))["zh"] for f in ("1" * 20, "2" * 20))
+    evaluations: dict[str, dict[str, Any]] = {
+        "old": {"run_id": first, "metrics": {"asr": 0.5, "task": 0.9, "sets/a/asr": 0.5}, "time_ms": STARTED},
+        "new": {"run_id": second, "metrics": {"asr": 0.25, "task": 0.9, "sets/b/asr": 0.25}, "time_ms": STARTED + 1},
+    }
+
+    def register(which: str) -> str:
+        tags = {EVALUATION_TAG: f"evaluate/{which}", "realign.form": "soft"}
+        return tracker.register(
+            name=name, weights_uri="/w", sha256="aa", fingerprint="f1", tags=tags, **evaluations[which]
+        )
+
+    def shown() -> tuple[Any, Any]:
+        version = mlflow.get_model_version_by_alias(name, "candidate")
+        return version, mlflow.get_logged_model(version.source.removeprefix("models:/"))
+
+    assert register("old") == "1"
+    other = {"name": "other-" + name, "fingerprint": "f9", "metrics": {"asr": 0.3}, "run_id": first}
+    tracker.register(weights_uri="/o", sha256="oo", time_ms=STARTED, **other)
+    with monkeypatch.context() as patch:  # the first try breaks off before the tag that says that all is there
+        whole = type(mlflow).set_model_version_tag
+
+        def breaks(self: Any, name: str, version: str, key: str, value: str) -> None:
+            if key == EVALUATION_TAG:
+                raise ConnectionError("gone")
+            whole(self, name, version, key, value)
+
+        patch.setattr(type(mlflow), "set_model_version_tag", breaks)
+        with pytest.raises(ConnectionError):
+            register("new")
+    for which, left in (("new", "sets/a/asr"), ("new", "sets/a/asr"), ("old", "sets/b/asr"), ("old", "sets/b/asr")):
+        assert register(which) == "1"
+        version, model = shown()
+        metrics = evaluations[which]["metrics"]
+        assert {key: newest(model)[key] for key in metrics} == metrics
+        for tags in (version.tags, model.tags):
+            assert tags[EVALUATION_TAG] == f"evaluate/{which}"
+            assert tags[OLDER_METRICS_TAG] == left
+            assert (tags["weights_uri"], tags["sha256"], tags["realign.form"]) == ("/w", "aa", "soft")
+        # The server takes the same for the newest: it sorts by it.
+        order = [{"field_name": "metrics.asr", "ascending": True}]
+        by_asr = mlflow.search_logged_models([tracker.experiment_id], order_by=order)
+        assert [m.name == name for m in by_asr] == [metrics["asr"] < 0.3, metrics["asr"] > 0.3]
+    assert [m.value for m in sorted(model.metrics, key=lambda m: m.timestamp) if m.key == "asr"] == [0.5, 0.25, 0.5]
+    assert len(mlflow.search_model_versions(f"name = '{name}'")) == 1
 
 
 def test_a_registration_that_died_half_way_is_finished(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:

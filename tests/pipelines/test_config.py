@@ -15,6 +15,7 @@ aligned: aligned
 finetunes:
   - name: zh
     path: zh
+    anchor: anchor.jsonl
     sets: [zh]
 mask:
   preferences: pairs.jsonl
@@ -30,7 +31,7 @@ evaluation:
 def place(tmp_path: Path) -> Path:
     for directory in ("aligned", "zh"):
         (tmp_path / directory).mkdir()
-    for file in ("pairs.jsonl", "harmful.jsonl", "zh.jsonl"):
+    for file in ("pairs.jsonl", "harmful.jsonl", "zh.jsonl", "anchor.jsonl"):
         (tmp_path / file).write_text("{}\n")
     return tmp_path
 
@@ -59,7 +60,7 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
     )
     text = text.replace("sets: [zh]", "sets: zh")
     found = problems(place, text)
-    assert [line.split(":")[0] for line in found] == ["2", "3", "7", "9"]
+    assert [line.split(":")[0] for line in found] == ["2", "3", "8", "10"]
     assert "no directory" in found[0]
     assert "aligend: unknown key (did you mean 'aligned'?)" in found[1]
     assert "finetunes.0.sets" in found[2]
@@ -71,15 +72,22 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
     ("change", "line", "text"),
     [
         (("name: trial\n", ""), 1, "name: missing"),
-        (("mask:\n", "mask:\n  preset: papr\n"), 8, "'realign' or 'paper'"),
-        (("mask:\n", "mask:\n  settings: {stepz: 3, steps: -1}\n"), 7, "mask.stepz"),
-        (("mask:\n", "landscape: {points: 21}\nmask:\n"), 7, "landscape: the safety landscape is not built"),
-        (("mask:\n", "mode: merge\nmask:\n"), 7, "mode: merge is not built"),
+        (("mask:\n", "mask:\n  preset: papr\n"), 9, "'realign' or 'paper'"),
+        (("mask:\n", "mask:\n  settings: {stepz: 3, steps: -1}\n"), 8, "mask.stepz"),
+        (("mask:\n", "landscape: {points: 21}\nmask:\n"), 8, "landscape: the safety landscape is not built"),
+        (("mask:\n", "mode: merge\nmask:\n"), 8, "mode: merge is not built"),
         (("sets: [zh]", "sets: [zz]"), 1, r"names task sets that are not there: ['zz'] (there: zh)"),
         (("mask:\n", "fusion: {controls: [resta]}\nmask:\n"), 1, "resta needs `unaligned`"),
         (("kind: harmful, split: dev", "kind: benign, split: dev"), 1, "chooses on dev sets"),
+        (("kind: harmful, split: dev", "kind: harmful, headline: false, split: dev"), 1, "split dev that counts"),
+        (("{name: harmful, kind: harmful, path", "{name: a_hard, kind: harmful, path"), 10, "nobody looks at safety"),
+        (("    anchor: anchor.jsonl\n", ""), 1, "finetunes without `anchor`: zh"),
+        (("mask:\n", "mask:\n  settings: {storage: bits}\n"), 1, "storage: bits keeps no soft mask"),
+        (("mask:\n", "mask:\n  settings: {beta: .inf}\n"), 8, "finite number"),
+        (("mask:\n", "fusion: {candidates: []}\nmask:\n"), 8, "at least 1 item"),
+        (("mask:\n", "fusion: {candidates: [.nan]}\nmask:\n"), 8, "finite number"),
         (("name: zh\n", "name: a/b\n"), 4, "finetunes.0.name"),
-        (("kind: harmful, path", "kind: harmful, path: x, pth"), 11, "unknown key (did you mean 'path'?)"),
+        (("kind: harmful, path", "kind: harmful, path: x, pth"), 12, "unknown key (did you mean 'path'?)"),
     ],
 )
 def test_each_mistake_has_its_line_and_remedy(place: Path, change: tuple[str, str], line: int, text: str) -> None:
@@ -89,7 +97,7 @@ def test_each_mistake_has_its_line_and_remedy(place: Path, change: tuple[str, st
 
 
 def test_keys_given_twice_and_broken_yaml_are_refused(place: Path) -> None:
-    assert "'name' (line 14)" in problems(place, GOOD + "name: other\n")[0]
+    assert "'name' (line 15)" in problems(place, GOOD + "name: other\n")[0]
     assert "not YAML" in problems(place, "a: [1\n")[0]
     assert "mapping of sections" in problems(place, "- 1\n")[0]
     with pytest.raises(ConfigError, match="cannot be read"):

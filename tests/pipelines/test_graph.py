@@ -24,7 +24,7 @@ def test_parents_stand_before_children_and_stages_exist() -> None:
 @pytest.mark.usefixtures("place")
 def test_a_run_has_what_it_asks_for(place: Path) -> None:  # noqa: F811
     (place / "en").mkdir()
-    two = GOOD.replace("mask:\n", "  - {name: en, path: en}\nmask:\n", 1)
+    two = GOOD.replace("mask:\n", "  - {name: en, path: en, anchor: anchor.jsonl}\nmask:\n", 1)
     (place / "realign.yaml").write_text(two)
     config = load_config(place / "realign.yaml")
     names = {step.name for step in steps_of(config)}

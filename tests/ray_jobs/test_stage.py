@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from components.checkpoints.identity import identify
 from components.checkpoints.reference import open_checkpoint
@@ -68,8 +69,8 @@ def test_an_unknown_stage_and_a_missing_parent_are_said(tmp_path: Path) -> None:
     spec = load_spec(tmp_path)
     answer = run_stage(spec.model_copy(update={"parents": {"load_aligned": "load/feed"}}))
     assert "no record load/feed (parent 'load_aligned')" in answer["error"]["message"]
-    with pytest.raises(KeyError):
-        run_stage(spec.model_copy(update={"stage": "bake"}))
+    with pytest.raises(ValidationError, match="no stage 'bake'; there are load, "):
+        StageSpec.model_validate({**spec.model_dump(), "stage": "bake"})
 
 
 @pytest.mark.multiproc

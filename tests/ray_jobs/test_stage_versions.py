@@ -17,10 +17,37 @@ def test_code_and_version_change_together(stage: str) -> None:
     now = {"version": VERSIONS[stage], "code": stage_lock.code_of(stage)}
     if now["code"] != locked["code"]:
         assert now["version"] > locked["version"], (
-            f"the code of stage {stage} changed: raise its version in ray_jobs/stage.py, then run `make stage-lock`"
+            f"the code of stage {stage} changed: raise its version in ray_jobs/stage.py (after the first release, see "
+            "CONTRIBUTING.md), then run `make stage-lock`"
         )
         pytest.fail(f"stage {stage} has a new version: run `make stage-lock` and commit tests/stage_lock.json")
     assert now == locked
+
+
+def test_the_lock_does_not_hide_code_that_changed_without_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / "stage_lock.json"
+    monkeypatch.setattr(stage_lock, "LOCK", lock)
+    now = stage_lock.current()
+    old = {**now, "fuse": {"version": 1, "code": "0"}, "evaluate": {"version": 1, "code": "0"}}
+    lock.write_text(json.dumps(old))
+    monkeypatch.setitem(VERSIONS, "evaluate", 2)
+    assert stage_lock.main([]) == 1
+    assert "version did not: fuse; raise" in capsys.readouterr().err
+    assert json.loads(lock.read_text()) == old
+    monkeypatch.setitem(VERSIONS, "fuse", 2)
+    assert stage_lock.main([]) == 0
+    written = json.loads(lock.read_text())
+    assert written == stage_lock.current()
+    assert written["fuse"] == {"version": 2, "code": now["fuse"]["code"]}
+
+
+def test_before_the_first_release_versions_need_not_rise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_lock, "LOCK", tmp_path / "stage_lock.json")
+    (tmp_path / "stage_lock.json").write_text(json.dumps({"fuse": {"version": 1, "code": "0"}}))
+    assert stage_lock.main(["--unreleased"]) == 0
+    assert json.loads((tmp_path / "stage_lock.json").read_text()) == stage_lock.current()
 
 
 def test_comments_do_not_count_and_code_does(tmp_path: Path) -> None:

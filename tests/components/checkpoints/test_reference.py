@@ -37,6 +37,19 @@ def test_full_checkpoint(family: Path) -> None:
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
 
 
+def test_a_finetune_without_a_tokenizer_takes_the_aligned_models(family: Path) -> None:
+    lent = open_checkpoint(family / "other", base=family / "aligned")
+    assert (lent.kind, lent.model_dir, lent.tokenizer_dir) == ("full", family / "other", family / "aligned")
+    assert lent.notes == ("other has no tokenizer; that of aligned is used",)
+    assert open_checkpoint(family / "other").tokenizer_dir == family / "other"
+
+
+def test_what_ends_an_answer_is_part_of_the_identity(family: Path) -> None:
+    before = identify(open_checkpoint(family / "aligned")).sha256
+    edit_json(family / "aligned" / "generation_config.json", eos_token_id=[1, 2])
+    assert identify(open_checkpoint(family / "aligned")).sha256 != before
+
+
 def test_adapter_takes_config_and_tokenizer_from_its_base(family: Path) -> None:
     checkpoint = open_checkpoint(family / "adapter", base=family / "aligned")
     assert checkpoint.kind == "adapter"

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from components.checkpoints.headers import read_header
+from components.checkpoints.reference import open_checkpoint
 from components.checkpoints.safetensors import SafetensorsSource
 from components.checkpoints.source import read_whole
 from components.errors import CheckpointError
@@ -42,6 +44,17 @@ def test_reads_what_transformers_wrote(shard: str, tmp_path: Path) -> None:
         assert same_bits(read_whole(source, name), tensor)
         assert torch.equal(source.read(name, 3, 17), tensor.reshape(-1)[3:17])
     assert source.read(source.names()[0], 4, 4).numel() == 0
+
+
+def test_stored_buffers_that_the_model_computes_are_left_out_and_named(broken: Path) -> None:
+    index = json.loads((broken / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = "extra.safetensors"
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, broken / "extra.safetensors")
+    source = SafetensorsSource(broken)
+    assert source.computed == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert source.names() == sorted(llama(0).state_dict())
+    assert any("rotary_emb.inv_freq" in note for note in open_checkpoint(broken).notes)
 
 
 def test_opening_reads_headers_only(sharded: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.errors import CheckpointError
+from components.errors import CheckpointError, StorageError
 from components.masks.artifact import MaskArtifact, write_artifact
 from components.masks.settings import MaskSettings
+from components.storage import storage_errors
 
 SHAPES = {"b.weight": (37, 11), "a.bias": (5,), "c.scalar": ()}
 
@@ -113,3 +119,57 @@ def test_broken_artifacts_are_refused(tmp_path: Path) -> None:
         (tmp_path / "mask.json").write_text(json.dumps(about | change))
         with pytest.raises(CheckpointError, match=message):
             MaskArtifact.open(tmp_path)
+
+
+NEEDS_RESERVATION = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space")
+BIG = {"a.weight": (1 << 20,)}
+
+
+@NEEDS_RESERVATION
+def test_the_whole_file_has_its_space_before_the_first_slice(tmp_path: Path) -> None:
+    with (tmp_path / "reserved").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 2 << 20)
+    needed = (tmp_path / "reserved").stat().st_blocks
+    assert needed > 0
+
+    def shards() -> Iterator[tuple[str, int, int, torch.Tensor]]:
+        assert (tmp_path / "mask.safetensors").stat().st_blocks >= needed
+        yield "a.weight", 0, 1 << 20, torch.ones(1 << 20)
+
+    write_artifact(tmp_path, shapes=BIG, shards=shards(), settings=MaskSettings())
+
+
+@NEEDS_RESERVATION
+def test_a_full_disk_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="No space left on device; free some space"), storage_errors(tmp_path):
+        write(tmp_path, "logits")
+
+
+WRITE = """
+import sys, torch
+from pathlib import Path
+from components.masks.artifact import write_artifact
+from components.masks.settings import MaskSettings
+try:
+    write_artifact(Path(sys.argv[1]), shapes={"a.weight": (1 << 20,)}, settings=MaskSettings(),
+                   shards=[("a.weight", 0, 1 << 20, torch.ones(1 << 20))])
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@NEEDS_RESERVATION
+def test_a_really_full_disk_does_not_kill_the_process(tmp_path: Path) -> None:
+    mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    script = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
+    try:
+        subprocess.run([*mounted, script, str(tmp_path), "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this system does not let its users mount a small disk of their own")
+    command = [*mounted, script, str(tmp_path), sys.executable, "-c", WRITE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "No space left on device\n"), done.stderr

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from components.errors import DataError, StorageError, TrainingError
+from components.errors import DataError, TrainingError
 from components.masks.engine import Batch, ScoredPair, TorchEngine
 from components.masks.presets import resolve
 from components.masks.settings import MaskSettings
@@ -68,7 +68,7 @@ def test_a_mask_learns_to_prefer_the_chosen_answers(place: Workplace) -> None:
     assert evaluation["train_soft"]["dpo_accuracy"] > 0.9
     assert evaluation["train_binary"]["loss"] < history[0]["loss"]
     assert result.metrics["data"] == {
-        "pairs": 12, "pairs_too_long": 0, "pairs_used": 12, "pairs_dev": 5,
+        "pairs": 12, "pairs_too_long": 0, "pairs_used": 12, "pairs_dev": 5, "pairs_dev_too_long": 0,
         "anchors": 18, "anchors_used": 18, "anchors_dev": 2,
     }  # fmt: skip
     assert 0.15 < result.metrics["delta_zero_share"] < 0.25
@@ -137,18 +137,26 @@ def test_a_half_written_checkpoint_is_passed_over(place: Workplace) -> None:
     assert place.files("broken") == place.files("whole")
 
 
-def test_state_of_other_settings_or_data_is_refused(place: Workplace) -> None:
+def test_state_that_does_not_fit_or_cannot_be_read_is_not_gone_on_with(place: Workplace) -> None:
+    other = resolve("paper", SMALL | {"beta": 0.2})
+    place.train("fresh", other)
     place.train("run", resolve("paper", SMALL))
-    with pytest.raises(StorageError, match="other settings or data; delete it"):
-        place.train("run", resolve("paper", SMALL | {"beta": 0.2}))
-    preferences(place.preferences, 9)
-    with pytest.raises(StorageError, match="other settings or data; delete it"):
-        place.train("run", resolve("paper", SMALL))
-    preferences(place.preferences)
+
+    def train_again() -> list[str]:
+        events: list[dict[str, Any]] = []
+        place.train("run", other, progress=events.append)
+        assert place.files("run") == place.files("fresh")
+        assert len([e for e in events if e["phase"] == "train"]) in (0, other.steps)
+        return [e["why"] for e in events if e["phase"] == "restart"]
+
+    assert train_again() == ["the training state is of other settings or data"]
+    assert train_again() == []  # this is its own state, and done
     state = next((place.root / "run/state").glob("step-*")) / "engine.safetensors"
     state.write_bytes(state.read_bytes()[:-4])
-    with pytest.raises(StorageError, match=r"engine\.safetensors: training state cannot be read"):
-        place.train("run", resolve("paper", SMALL))
+    (why,) = train_again()
+    assert "engine.safetensors: training state cannot be read" in why
+    (place.root / "run/state/LATEST.json").write_text("{")
+    assert len(train_again()) == 1
 
 
 def test_the_anchor_needs_prompts(place: Workplace) -> None:

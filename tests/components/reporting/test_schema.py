@@ -38,6 +38,10 @@ def changed(**fields: Any) -> dict[str, Any]:
             ["aligned.asr.n", "greater than or equal to 1"],
         ),
         (changed(aligned={"asr": {"value": 1.2, "low": 0, "high": 1}}), ["aligned.asr.value", "aligned.asr.n"]),
+        (
+            changed(finetunes=[{"name": "a", "status": "done", "error": None, "delta": {"cosines": {"hi": None}}}]),
+            ["finetunes.0.delta.cosines.hi", "valid number", "run again"],
+        ),
     ],
 )
 def test_every_misfit_is_named(data: Any, parts: list[str]) -> None:

@@ -1,0 +1,53 @@
+"""A checkpoint in transformers: model and tokenizer, and one sentence when they do not load."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.errors import CheckpointError
+
+
+def load_causal_lm(directory: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a directory in eval mode (no dropout). Raises CheckpointError. Never runs code from the directory."""
+    from transformers import AutoModelForCausalLM
+
+    with _explained(directory), _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+    return model.eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a directory with its chat template. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    with _explained(directory, "its tokenizer does"):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _explained(directory: Path, what: str = "does") -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{directory}: {what} not load in transformers: {first}") from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,60 @@
+"""What a killed evaluation leaves and the next one makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from components.evaluation.generate import Answer
+from components.evaluation.prompts import Prompt, PromptSet
+from components.evaluation.settings import EvaluationSettings
+from components.evaluation.state import AnswerState
+
+ANSWER = Answer("I cannot help.", "model", 4)
+SET = PromptSet(
+    "harmful", "harmful", "test", True, Path("harmful.jsonl"), "0" * 64,
+    tuple(Prompt(str(i), ({"role": "user", "content": f"prompt {i}"},)) for i in range(3)),
+)  # fmt: skip
+
+
+def opened(directory: Path) -> AnswerState:
+    return AnswerState.open(directory, SET, EvaluationSettings(), 2)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The state of a set with two finished batches."""
+    state = opened(tmp_path)
+    state.add(0, [(0, ANSWER), (1, replace(ANSWER, text="我不能帮助你\u2028。"))])
+    state.add(1, [(2, ANSWER)])
+    return next(tmp_path.iterdir())
+
+
+def test_a_line_cut_anywhere_is_made_again(file: Path) -> None:
+    whole = file.read_bytes()
+    second = whole.rfind(b"\n", 0, -1) + 1
+    first = whole.find(b"\n") + 1
+    answers = opened(file.parent).answers
+    assert answers[1].text == "我不能帮助你\u2028。"
+    for end in range(first, len(whole)):  # also within a character of three bytes
+        file.write_bytes(whole[:end])
+        state = opened(file.parent)
+        assert state.batches == ({0} if end >= second else set())
+        assert state.answers == {i: a for i, a in answers.items() if end >= second and i < 2}
+        assert file.read_bytes() == whole[: second if end >= second else first]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\x00\x00", b"{", b"[]", b"7", b'{"batch": 1}', b'{"batch": 1, "answers": [[0, {"words": 1}]]}', b"\xe6\x88"],
+)
+def test_a_damaged_whole_line_starts_the_set_afresh(file: Path, damage: bytes) -> None:
+    header, first, second = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(header + first + damage + b"\n" + second)
+    state = opened(file.parent)
+    assert (state.batches, state.answers) == (set(), {})
+    assert file.read_bytes() == header
+    state.add(0, [(0, ANSWER)])
+    assert opened(file.parent).answers == {0: ANSWER}

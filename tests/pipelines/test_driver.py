@@ -1,0 +1,57 @@
+"""What a failure means for a finetune: its own steps make it fail, a control only makes the control missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.storage import Workspace
+from pipelines.config import load_config
+from pipelines.driver import NodeState, RunState
+from pipelines.graph import expand
+from pipelines.roots import Roots
+from pipelines.summary import failures, summarise
+from tests.pipelines.test_config import GOOD, place  # noqa: F401 - a fixture
+
+
+def state(place: Path, *failed: str) -> RunState:  # noqa: F811
+    """A run of two finetunes in which these nodes failed, and nothing else has a record."""
+    two = GOOD.replace("mask:\n", "  - {name: en, path: en, anchor: anchor.jsonl}\nmask:\n", 1)
+    two = two.replace("mask:\n", "unaligned: aligned\nfusion: {controls: [paper, resta]}\nmask:\n", 1)
+    (place / "en").mkdir()
+    (place / "realign.yaml").write_text(two)
+    config = load_config(place / "realign.yaml")
+    nodes = {node.id: NodeState(node) for node in expand(config)}
+    for name, node in nodes.items():
+        if name in failed:
+            node.status, node.error = "failed", {"type": "CheckpointError", "message": "it is broken"}
+    ended = [n for n in nodes.values() if n.status == "failed"]
+    for node in nodes.values():
+        if any(nodes[parent] in ended for _, parent in node.node.parents) and not node.node.joins:
+            node.status = "skipped"
+            ended.append(node)
+    return RunState(config, Workspace(place / "workspace"), Roots({}, {}, {}), nodes)
+
+
+def test_a_failed_control_is_missing_and_the_finetune_is_not_failed(place: Path) -> None:  # noqa: F811
+    summary = summarise(state(place, "zh/train_mask_paper"))
+    zh, en = summary["finetunes"]
+    assert (zh["status"], zh["error"], en["notes"]) == ("done", None, [])
+    assert zh["notes"] == ["control paper is missing: train_mask_paper: it is broken"]
+    assert failures(summary) == ["zh (control paper is missing: train_mask_paper: it is broken)"]
+
+
+def test_a_control_whose_input_is_broken_is_missing_for_all(place: Path) -> None:  # noqa: F811
+    summary = summarise(state(place, "load_unaligned"))
+    assert [f["status"] for f in summary["finetunes"]] == ["done", "done"]
+    assert failures(summary) == ["zh, en (control resta is missing: load_unaligned: it is broken)"]
+
+
+def test_a_finetune_fails_by_its_own_steps_and_by_what_it_stands_on(place: Path) -> None:  # noqa: F811
+    summary = summarise(state(place, "zh/fuse_soft"))
+    assert [f["status"] for f in summary["finetunes"]] == ["failed", "done"]
+    assert failures(summary) == ["zh failed at fuse_soft: it is broken"]
+
+
+def test_a_broken_aligned_model_is_said_once(tmp_path: Path, place: Path) -> None:  # noqa: F811
+    summary = summarise(state(place, "load_aligned"))
+    assert failures(summary) == ["zh, en failed at load_aligned: it is broken"]
