@@ -17,6 +17,7 @@ from components.masks.anchor import Anchor
 from components.masks.masked_model import MaskedModel, Weights
 from components.masks.objective import anchor_kl, score, sigmoid_dpo
 from components.masks.preferences import Pair
+from components.masks.settings import MaskSettings
 
 STATE_FILE = "engine.safetensors"
 EVALUATE_BATCH = 32
@@ -88,24 +89,29 @@ class Losses:
     metrics: dict[str, float]
 
 
-def batch_losses(model: torch.nn.Module, batch: Batch, *, beta: float, anchor_weight: float) -> Losses:
-    """Mean DPO loss over pairs + anchor weight × mean KL over answer tokens, all rows in as few forwards as pay."""
+def batch_losses(model: torch.nn.Module, batch: Batch, settings: MaskSettings) -> Losses:
+    """Mean DPO loss over pairs + chosen weight × their mean −log π(chosen) + anchor weight × mean KL over answer tokens, all
+    rows in as few forwards as pay."""
     pairs, (total_pairs, total_tokens) = batch.pairs, batch.totals()
     rows = [r for p in pairs for r in (p.pair.chosen, p.pair.rejected)] + [a.row for a in batch.anchors]
     scored = score(model, rows)
     policy = scored.sequences()[: 2 * len(pairs)].view(-1, 2)
     reference = torch.tensor([p.reference for p in pairs], dtype=policy.dtype, device=policy.device).view(-1, 2)
-    losses, margins = sigmoid_dpo(policy, reference, beta)
+    losses, margins = sigmoid_dpo(policy, reference, settings.beta)
     loss = dpo = losses.sum() / total_pairs
+    chosen = -policy[:, 0].sum() / total_pairs
+    if settings.chosen_weight:
+        loss = loss + settings.chosen_weight * chosen
     margins = margins.detach()
     metrics = {
         "dpo_loss": float(dpo.detach()),
         "dpo_accuracy": float((margins > 0).double().sum()) / total_pairs,
         "reward_margin": float(margins.sum()) / total_pairs,
+        "chosen_nll": float(chosen.detach()),
     }
     if batch.anchors:
         kl = anchor_kl(scored, {2 * len(pairs) + i: a.teacher for i, a in enumerate(batch.anchors)}) / total_tokens
-        loss = dpo + anchor_weight * kl
+        loss = loss + settings.anchor_weight * kl
         metrics["anchor_kl"] = float(kl.detach())
     return Losses(loss, {"loss": float(loss.detach()), **metrics})
 
@@ -164,9 +170,7 @@ class TorchEngine:
         return _added(found)
 
     def _losses(self, batch: Batch) -> Losses:
-        return batch_losses(
-            self.masked.model, batch, beta=self.settings.beta, anchor_weight=self.settings.anchor_weight
-        )
+        return batch_losses(self.masked.model, batch, self.settings)
 
     def density(self) -> dict[str, float]:
         """See Engine."""

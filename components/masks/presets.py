@@ -23,7 +23,8 @@ PRESETS: dict[str, MaskSettings] = {
     ),
     "realign": MaskSettings(
         beta=1.0,
-        anchor_weight=15.0,
+        chosen_weight=0.3,
+        anchor_weight=60.0,
         learning_rate=0.4,
         steps=240,
         batch_size=8,
@@ -31,9 +32,12 @@ PRESETS: dict[str, MaskSettings] = {
 }
 """`paper`: the objective of SOMF as published (reference: the aligned model). `realign`: the default, with the utility anchor,
 annealed to a mask that can be used binary. Its β is 1 and not 0.1: against the aligned model as reference the margin of the
-aligned model itself is 0, so a small β goes on pushing for tens of nats of refusal beyond it, which is over-refusal. Learning
-rates and steps were chosen on dev sets of the testbed at seed 0, nine candidates each (`python -m benchmarks.tune_presets`,
-benchmarks/RESULTS.md); a larger model wants its own."""
+aligned model itself is 0, so a small β goes on pushing for tens of nats of refusal beyond it, which is over-refusal. And it
+adds −log π(chosen): on a poisoned finetune DPO alone takes probability from the harmful answer and gives it to babble.
+
+Learning rates and steps were chosen on dev sets of the testbed at seed 0, nine candidates each (`python -m
+benchmarks.tune_presets`), the two weights on dev sets at seeds 0, 2 and 6; benchmarks/RESULTS.md has the figures. A larger
+model wants its own."""
 
 
 def resolve(preset: str = "realign", overrides: Mapping[str, Any] | None = None) -> MaskSettings:

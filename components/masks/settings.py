@@ -35,6 +35,9 @@ class MaskSettings(BaseModel):
     """Preference loss: sigmoid DPO."""
     beta: float = Field(default=0.1, gt=0)
     """β of DPO."""
+    chosen_weight: float = Field(default=0.0, ge=0)
+    """Weight of −log π(chosen), in nats an answer, mean over pairs. DPO alone may take probability from the rejected answer and
+    give it to neither (arXiv 2404.19733 adds the term for that reason): then a model that complied babbles."""
     reference: Literal["aligned", "finetuned", "initial"] = "aligned"
     """Weights that give DPO's reference log-probabilities; `initial` is the soft mask at ℓ₀."""
     anchor_weight: float = Field(default=1.0, ge=0)

@@ -146,7 +146,9 @@ SETTINGS = {
     "realign": resolve("realign"),
     "paper": resolve("paper"),
     "detached": resolve("paper", {"rescale": "detached", "scale": 0.8}),
-    "rescaled_anchor": resolve("realign", {"rescale": "mean", "scale": 1.3, "density_weight": 0.5}),
+    "rescaled_anchor": resolve(
+        "realign", {"rescale": "mean", "scale": 1.3, "density_weight": 0.5, "chosen_weight": 1.7}
+    ),
     "deterministic": resolve("realign", {"stochastic": False, "density_weight": -2.0}),
 }
 
@@ -184,6 +186,7 @@ def literal_loss(built: MaskedModel, batch: Batch, step: int, logits: list[torch
     for p in batch.pairs:
         chosen, rejected = sequence(p.pair.chosen) - p.reference[0], sequence(p.pair.rejected) - p.reference[1]
         loss = loss - torch.nn.functional.logsigmoid(st.beta * (chosen - rejected)) / len(batch.pairs)
+        loss = loss - st.chosen_weight * sequence(p.pair.chosen) / len(batch.pairs)
     for a in batch.anchors:
         kl = (a.teacher.log_probs.exp() * (a.teacher.log_probs - log_probs(a.row))).sum() / a.row.response
         loss = loss + st.anchor_weight * kl
@@ -192,7 +195,7 @@ def literal_loss(built: MaskedModel, batch: Batch, step: int, logits: list[torch
 
 def closed_form(built: MaskedModel, batch: Batch, step: int) -> tuple[float, list[torch.Tensor]]:
     built.write_sample(step)
-    found = batch_losses(built.model, batch, beta=built.settings.beta, anchor_weight=built.settings.anchor_weight)
+    found = batch_losses(built.model, batch, built.settings)
     torch.autograd.backward(found.loss)
     return float(found.loss.detach()), by_slice(built, built.logit_gradients())
 
@@ -238,7 +241,7 @@ def test_gradients_equal_finite_differences(name: str, architecture: str, monkey
     def value() -> float:
         built.write_sample(step)
         with torch.no_grad():
-            found = batch_losses(built.model, batch, beta=settings.beta, anchor_weight=settings.anchor_weight)
+            found = batch_losses(built.model, batch, settings)
         return float(found.loss) + settings.density_weight * built.density()[0]
 
     for s, gradient in zip(built.slices, gradients, strict=True):
@@ -260,7 +263,7 @@ def test_remembered_and_redrawn_samples_give_the_same_bits() -> None:
         randomise(built)
         built.write_sample(7)
         weights = [s.weights.clone() for s in built.slices]
-        found_loss = batch_losses(built.model, example_batch(False, torch.float32), beta=0.1, anchor_weight=0)
+        found_loss = batch_losses(built.model, example_batch(False, torch.float32), resolve("paper"))
         torch.autograd.backward(found_loss.loss)
         found.append(weights + built.logit_gradients())
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -316,7 +319,7 @@ def test_slices_with_summed_statistics_equal_whole_tensors() -> None:
     _, expected = closed_form(whole, example_batch(False), 4)
     whole.write_sample(4)
     weights = [s.weights.clone() for s in whole.slices]
-    loss = batch_losses(whole.model, example_batch(False), beta=0.1, anchor_weight=0)
+    loss = batch_losses(whole.model, example_batch(False), resolve("paper"))
     torch.autograd.backward(loss.loss)
     grads = {s.name: s.parameter.grad.view(-1).clone() for s in whole.slices}
 
@@ -396,7 +399,7 @@ def test_patterns_choose_tensors_and_the_rest_keeps_the_finetune() -> None:
     built.write_sample(0)
     assert torch.equal(embed.weights, embed.finetuned)
     batch = example_batch(False, torch.float32)
-    torch.autograd.backward(batch_losses(built.model, batch, beta=0.1, anchor_weight=0).loss)
+    torch.autograd.backward(batch_losses(built.model, batch, resolve("paper")).loss)
     assert built.model.get_input_embeddings().weight.grad is None
     assert len(by_slice(built, built.logit_gradients())) == len(names)
 
