@@ -57,7 +57,8 @@ def test_the_fingerprint_changes_with_every_setting() -> None:
     base = MaskSettings()
     others = {
         "relaxation": "straight_through", "stochastic": False, "temperature_start": 2.0, "temperature_end": 0.1,
-        "init_logit": 0.0, "rescale": "mean", "scale": 0.5, "beta": 0.2, "reference": "initial", "anchor_weight": 2.0, "chosen_weight": 0.7,
+        "init_logit": 0.0, "rescale": "mean", "scale": 0.5, "beta": 0.2, "reference": "initial", "anchor_weight": 2.0,
+        "chosen_weight": 0.7,
         "anchor_batch_size": 3, "anchor_new_tokens": 9, "anchor_full_vocabulary": 1, "anchor_top_k": 2,
         "anchor_holdout": 0.2, "density_weight": 0.1, "learning_rate": 0.2, "adam_beta1": 0.5, "adam_beta2": 0.9,
         "adam_epsilon": 1e-6, "clip_norm": 1.0, "steps": 3, "batch_size": 2, "max_length": 99, "include": ["x"],
