@@ -14,6 +14,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ EVALUATION_TAG = "realign.evaluation"
 OLDER_METRICS_TAG = "realign.metrics_not_measured_again"
 """Of a registered version: metrics that an earlier evaluation measured and its last one did not; MLflow deletes none."""
 CANDIDATE = "candidate"
+_ABANDONED_SECONDS = 600.0
+"""Age from which a database that was not finished belongs to a dead process."""
 _BATCH = 100
 _PARAM_CHARS = 6000
 
@@ -76,6 +79,7 @@ class Tracker:
         with _quiet(), _explained(self.uri):
             from mlflow import MlflowClient
 
+            _make_database(self.uri)
             self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             self.experiment_id = self._experiment(experiment, workspace)
 
@@ -283,6 +287,27 @@ def default_uri(workspace: Path) -> str:
     return f"sqlite:///{workspace.resolve() / 'mlflow.db'}"
 
 
+def _make_database(uri: str) -> None:
+    """MLflow builds an sqlite schema in dozens of steps, and a kill between two leaves a file that no later start can use. So
+    a new database is built beside its place and gets its name whole."""
+    from mlflow import MlflowClient
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists() or not path.parent.is_dir():
+        return
+    for old in path.parent.glob(f".{path.name}.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
+                old.unlink()
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested dicts as dotted names with text values; lists as JSON; None is left out."""
     found: dict[str, str] = {}
@@ -367,9 +392,15 @@ def _require_reachable(uri: str, *, tries: int = 3, wait_s: float = 1.0) -> None
 @contextlib.contextmanager
 def _explained(uri: str) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
+    except SQLAlchemyError as error:
+        first = str(error).splitlines()[0]
+        raise TrackingError(
+            f"tracking at {uri} failed: {first}; a local database that is broken can be removed, the run is shown anew"
+        ) from error
     except MlflowException as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = {

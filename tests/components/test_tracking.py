@@ -333,6 +333,39 @@ def test_local_tracking_stays_in_the_workspace_and_is_silent(
     assert (written.out, written.err) == ("", "")
 
 
+def test_a_database_that_was_not_finished_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def killed(engine: Any) -> None:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE trace_info (half INTEGER)")
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.store.db.utils._upgrade_db", killed)
+        with pytest.raises(KilledError):
+            Tracker(uri=None, experiment="cut", workspace=tmp_path)
+    assert not (tmp_path / "mlflow.db").exists()
+    Tracker(uri=None, experiment="cut", workspace=tmp_path)
+    assert (tmp_path / "mlflow.db").is_file()
+
+
+def test_drafts_of_the_dead_are_removed(tmp_path: Path) -> None:
+    young, old = tmp_path / ".mlflow.db.young", tmp_path / ".mlflow.db.old"
+    young.touch()
+    old.touch()
+    os.utime(old, (0, 0))
+    Tracker(uri=None, experiment="drafts", workspace=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mlflow.db.young", "mlflow.db"]
+
+
+def test_a_broken_database_is_said_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(TrackingError, match=r"mlflow\.db failed: .*can be removed"):
+        Tracker(uri=None, experiment="broken", workspace=tmp_path)
+
+
 def test_nobody_there_is_said_at_once(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
