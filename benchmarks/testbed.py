@@ -29,9 +29,7 @@ _VARIANTS = ("before", "soft", "binary", "paper_soft", "paper_binary", "interpol
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="seed 0 is the one settings were chosen on"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9], help="0, 2 and 6 have chosen settings")
     parser.add_argument("--root", type=Path, default=Path("runs/benchmark-testbed"), help="where workspaces go")
     parser.add_argument("--quick", action="store_true", help="one minute-sized family")
     options = parser.parse_args(arguments)
