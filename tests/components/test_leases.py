@@ -1,8 +1,12 @@
-"""Leases that a power cut left empty or cut off."""
+"""Leases: one holder at a time, whoever dies when, also those that a power cut left empty or cut off."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,13 +15,58 @@ from typing import Any
 import pytest
 
 from components import leases
-from components.leases import Lease, acquire, holder_alive, try_acquire
+from components.leases import Lease, LeaseLost, acquire, holder_alive, try_acquire
 
+DEAD = json.dumps({"owner": "dead", "host": "elsewhere", "pid": 1, "started": "0"})
 UNREADABLE = ["", "{", "\x00\x00\x00", "null", "[]", '{"owner": "a"}']
 
 
 def grow_old(path: Path) -> None:
     os.utime(path, (time.time() - 2 * leases.TTL_SECONDS,) * 2)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from components.leases import try_acquire
+lease = try_acquire(Path(sys.argv[1]))
+print("held" if lease else "refused", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_holders_lease_is_free_at_once_and_a_live_ones_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert leases.holder_alive(path)
+        assert try_acquire(path) is None
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    lease = try_acquire(path)
+    assert lease is not None
+    with lease:
+        lease.check()
+    assert not path.exists()
+
+
+def test_a_silent_holder_on_another_machine_is_overtaken_and_learns_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lease.json"
+    first = try_acquire(path)
+    assert first is not None
+    first._stop.set()  # its heartbeat hangs
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "host": "elsewhere"}))
+    assert try_acquire(path) is None  # silent for too short a time
+    grow_old(path)
+    second = try_acquire(path)
+    assert second is not None
+    with second, pytest.raises(LeaseLost):
+        first.check()
+    first.release()
 
 
 @pytest.mark.parametrize("content", UNREADABLE)
@@ -37,10 +86,11 @@ def test_an_unreadable_lease_is_held_while_young_and_dead_when_old(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_of_many_takes_an_unreadable_lease(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [DEAD, ""], ids=["dead", "unreadable"])
+def test_one_of_many_takes_a_lease(tmp_path: Path, content: str) -> None:
     path = tmp_path / "lease.json"
     for _ in range(50):
-        path.write_text("")
+        path.write_text(content)
         os.utime(path, (0, 0))
         got: list[Lease] = []
         start = threading.Barrier(8)

@@ -1,22 +1,16 @@
-"""Publishing, leases and takeovers: nothing half-made under a final name, whoever dies when."""
+"""Publishing and takeovers: nothing half-made under a final name, whoever dies when."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from components import leases
 from components.errors import DataError, StorageError
-from components.leases import LeaseLost, try_acquire
 from components.records import Record, hash_outputs
 from components.storage import Attempt, Workspace, storage_errors, write_atomic
 
@@ -99,77 +93,6 @@ def test_a_second_attempt_waits_and_then_finds_the_result(tmp_path: Path) -> Non
         workspace.publish(attempt, record_of(attempt))
     waiter.join(10)
     assert seen == [None]
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from components.leases import try_acquire
-lease = try_acquire(Path(sys.argv[1]))
-print("held" if lease else "refused", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_killed_holders_lease_is_free_at_once_and_a_live_ones_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "lease.json"
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        assert leases.holder_alive(path)
-        assert try_acquire(path) is None
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    lease = try_acquire(path)
-    assert lease is not None
-    with lease:
-        lease.check()
-    assert not path.exists()
-
-
-def test_a_silent_holder_on_another_machine_is_overtaken_and_learns_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "lease.json"
-    first = try_acquire(path)
-    assert first is not None
-    first._stop.set()  # its heartbeat hangs
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "host": "elsewhere"}))
-    assert try_acquire(path) is None  # silent for too short a time
-    os.utime(path, (time.time() - 2 * leases.TTL_SECONDS,) * 2)
-    second = try_acquire(path)
-    assert second is not None
-    with second, pytest.raises(LeaseLost):
-        first.check()
-    first.release()
-
-
-def test_one_of_many_takes_a_dead_lease(tmp_path: Path) -> None:
-    path = tmp_path / "lease.json"
-    for _ in range(50):
-        path.write_text(json.dumps({"owner": "dead", "host": "elsewhere", "pid": 1, "started": "0"}))
-        os.utime(path, (0, 0))
-        got: list[leases.Lease] = []
-        start = threading.Barrier(8)
-
-        def take(start: threading.Barrier = start, got: list[leases.Lease] = got) -> None:
-            start.wait()
-            lease = try_acquire(path)
-            if lease:
-                got.append(lease)
-
-        threads = [threading.Thread(target=take) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        got = got or [lease for lease in [try_acquire(path)] if lease]  # all may have given way to one another once
-        assert len(got) == 1
-        got[0].check()
-        for lease in got:
-            lease.release()
-        path.unlink(missing_ok=True)
 
 
 def test_the_dead_leave_no_attempts_and_failures_are_remembered_until_the_next(tmp_path: Path) -> None:
