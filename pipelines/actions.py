@@ -9,7 +9,8 @@ from typing import Any
 
 from components.records import Record, canonical_json, fingerprint
 from components.reporting.schema import FinetuneSummary, RunSummary
-from components.tracking import EVALUATION_TAG, Point, TrackedRun, Tracker, rate_metrics, read_series
+from components.tracked import Point, TrackedRun, rate_metrics, read_series
+from components.tracking import EVALUATION_TAG, Tracker
 from pipelines.driver import RunState
 
 _VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary"}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -17,18 +16,14 @@ from typing import Any
 import pytest
 
 from components.errors import TrackingError
+from components.tracked import Point, TrackedRun
 from components.tracking import (
     DIFFERING_TAG,
     EVALUATION_TAG,
     FINGERPRINT_TAG,
     OLDER_METRICS_TAG,
-    Point,
-    TrackedRun,
     Tracker,
     default_uri,
-    flat,
-    rate_metrics,
-    read_series,
 )
 
 STARTED = 1_700_000_000_000
@@ -382,33 +377,3 @@ def test_a_refused_name_is_explained(tracker: Tracker) -> None:
         tracker.register(
             name="", weights_uri="/w", sha256="a", fingerprint="f", run_id=run_id, metrics={}, time_ms=STARTED
         )
-
-
-def test_params_are_flat_text() -> None:
-    found = flat({"a": {"b": 1, "c": {"d": 0.5}}, "e": [1, 2], "f": None, "g": True})
-    assert found == {"a.b": "1", "a.c.d": "0.5", "e": "[1, 2]", "g": "True"}
-
-
-def test_rates_become_metrics() -> None:
-    interval = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 8}
-    assert rate_metrics("before", {"asr": interval, "sets": {"harmful": {"incoherent": interval}}}) == {
-        "before/asr": 0.5,
-        "before/asr_low": 0.25,
-        "before/asr_high": 0.75,
-        "before/sets/harmful/incoherent": 0.5,
-    }
-    assert rate_metrics("before", None) == {}
-
-
-def test_series_are_read_up_to_the_last_whole_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    rows = [{"step": 0, "loss": 0.7, "time": 1.5, "note": "x", "ok": True}, {"step": 5, "loss": 0.5, "lr": 1}]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 10, "lo')
-    assert read_series(path, "train_mask") == [
-        Point("train_mask/loss", 0, 0.7, 1500),
-        Point("train_mask/loss", 5, 0.5),
-        Point("train_mask/lr", 5, 1.0),
-    ]
-    path.write_text('{"loss": 1}\n')
-    with pytest.raises(TrackingError, match="line 1"):
-        read_series(path, "train_mask")
