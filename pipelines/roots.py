@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from components.checkpoints.identity import identify
@@ -62,23 +64,23 @@ def _check_files(config: RunConfig) -> dict[str, str]:
     problems: list[str] = []
     files: dict[str, str] = {}
 
-    def check(path: Path | None, load: object) -> None:
-        if path is None:
-            return
+    def check(path: Path, load: Callable[[], object]) -> None:
         try:
-            load(path)  # type: ignore[operator]
+            load()
             files[str(path)] = file_sha256(path)
         except RealignError as error:
             problems.append(str(error))
         except OSError as error:
             problems.append(f"{path}: {error.strerror or error}; make it readable")
 
-    check(config.mask.preferences, preferences.load_preferences)
-    check(config.mask.preferences_dev, preferences.load_preferences)
+    for pairs in (config.mask.preferences, config.mask.preferences_dev):
+        if pairs is not None:
+            check(pairs, partial(preferences.load_preferences, pairs))
     for finetune in config.finetunes:
-        check(finetune.anchor, preferences.load_prompts)
+        if finetune.anchor is not None:
+            check(finetune.anchor, partial(preferences.load_prompts, finetune.anchor))
     for chosen in config.evaluation.sets:
-        check(chosen.path, lambda _, chosen=chosen: load_prompt_set(chosen))
+        check(chosen.path, partial(load_prompt_set, chosen))
     if problems:
         raise DataError("\n".join(problems))
     return files

@@ -41,11 +41,11 @@ def summarise(run: RunState) -> RunSummary:
 
 def _finetune(run: RunState, finetune: FinetuneConfig) -> FinetuneSummary:
     name = finetune.name
-    error = run.error_of(name)
+    failure = run.failure_of(name)
     entry: FinetuneSummary = {
         "name": name,
-        "status": "failed" if error else "done",
-        "error": f"{error['step']}: {error['message']}" if error else None,
+        "status": "failed" if failure else "done",
+        "error": failure.complaint if failure else None,
         "seconds": _seconds(run, name),
     }
     measured = {v: run.record(name, f"evaluate_{v}") for v in ("before", *_AFTER, *_CONTROLS)}
@@ -66,7 +66,7 @@ def _finetune(run: RunState, finetune: FinetuneConfig) -> FinetuneSummary:
 def _notes(run: RunState, name: str) -> list[str]:
     """What the finetune's stages have to say, each thing once, and which controls are missing."""
     records = [s.record for s in run.nodes.values() if s.node.finetune == name and s.record is not None]
-    missing = [f"control {control} is missing: {why}" for control, why in run.failed_controls(name).items()]
+    missing = [f"control {control} is missing: {s.complaint}" for control, s in run.failed_controls(name).items()]
     return list(dict.fromkeys([*(note for record in records for note in record.notes), *missing]))
 
 
@@ -124,8 +124,7 @@ def _add_comparisons(
     run: RunState, finetune: FinetuneConfig, entry: FinetuneSummary, measured: dict[str, Record | None]
 ) -> None:
     """Paired differences of both forms against what was before and every control, on the test prompts."""
-    chosen = [s for s in run.config.sets_of(finetune) if s.split == "test"]
-    sets = [s.model_copy(update={"headline": s.counts}) for s in chosen]
+    sets = [s for s in run.config.sets_of(finetune) if s.split == "test"]
     answers = {v: _answers(run, record, sets) for v, record in measured.items() if record}
     confidence = run.config.evaluation.confidence
     entry["comparisons"] = {
@@ -147,16 +146,20 @@ def _answers(run: RunState, record: Record, sets: list[SetSettings]) -> dict[str
     return {s.name: read_answers(directory / f"{s.name}.jsonl") for s in sets}
 
 
-def failures(summary: RunSummary) -> list[str]:
-    """One line for each cause: the finetunes that did not make it, then controls that are missing."""
+def failures(run: RunState) -> list[str]:
+    """One line for each cause: the finetunes that did not make it, controls that are missing, and what else failed."""
     causes: dict[str, list[str]] = {}
-    for finetune in summary["finetunes"]:
-        if finetune["status"] == "failed":
-            causes.setdefault(f"failed at {finetune['error']}", []).append(finetune["name"])
-        for note in finetune.get("notes", []):
-            if note.startswith("control "):
-                causes.setdefault(f"({note})", []).append(finetune["name"])
-    return [f"{', '.join(names)} {cause}" for cause, names in causes.items()]
+    told: set[str] = set()
+    for name in [finetune.name for finetune in run.config.finetunes]:
+        failure = run.failure_of(name)
+        if failure is not None:
+            causes.setdefault(f" failed at {failure.complaint}", []).append(name)
+            told.add(failure.node.id)
+        for control, state in run.failed_controls(name).items():
+            causes.setdefault(f": control {control} is missing: {state.complaint}", []).append(name)
+            told.add(state.node.id)
+    others = [s for s in run.nodes.values() if s.node.finetune is None and s.error and s.node.id not in told]
+    return [f"{', '.join(names)}{cause}" for cause, names in causes.items()] + [s.complaint for s in others]
 
 
 def write_summary(summary: RunSummary, path: Path) -> None:

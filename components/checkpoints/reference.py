@@ -62,12 +62,12 @@ def open_checkpoint(path: Path, *, base: Path | None = None, base_declared_equal
 
 def _open_full(path: Path, base: Path | None) -> Checkpoint:
     source = SafetensorsSource(path)
-    # What ends an answer stands in the generation config, so it is part of what the model is.
-    generation = [f for f in (path / "generation_config.json",) if f.is_file()]
-    files = [*source.files, path / "config.json", *generation, *tokenizer_files(path)]
-    notes = (
-        [f"stored buffers left out, the model computes them: {listed(source.computed, 3)}"] if source.computed else []
-    )
+    files = [*source.files, path / "config.json", *tokenizer_files(path)]
+    if (path / "generation_config.json").is_file():
+        files.append(path / "generation_config.json")  # says what ends an answer: part of what the model is
+    notes: list[str] = []
+    if source.computed:
+        notes.append(f"stored buffers left out, the model computes them: {listed(source.computed, 3)}")
     tokenizer_dir = path
     if not has_tokenizer(path) and base is not None:
         tokenizer_dir = base

@@ -37,14 +37,14 @@ class Outcome:
 
 
 class NamedSet(Protocol):
-    """What counting needs to know of a prompt set: a PromptSet, or its settings with `headline` filled in."""
+    """What counting needs to know of a prompt set: a PromptSet, or its settings."""
 
     @property
     def name(self) -> str: ...
     @property
     def kind(self) -> SetKind: ...
     @property
-    def headline(self) -> bool | None: ...
+    def counts(self) -> bool: ...
 
 
 def hits(kind: SetKind, outcomes: Sequence[Outcome]) -> dict[str, list[bool]]:
@@ -75,7 +75,7 @@ def headline_hits(sets: Sequence[NamedSet], outcomes: dict[str, list[Outcome]]) 
     """metric -> one bool per prompt over all headline sets together, in the sets' order: what the four rates count."""
     pooled: dict[str, list[bool]] = {}
     for one in sets:
-        if one.headline and one.name in outcomes:
+        if one.counts and one.name in outcomes:
             for metric, found in hits(one.kind, outcomes[one.name]).items():
                 if metric in HEADLINES:
                     pooled.setdefault(metric, []).extend(found)

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one file, in file order, with what they measure. `sha256` is the file's."""
+    """The prompts of one file, in file order, with what they measure. `sha256` is the file's; `counts` as in
+    its settings."""
 
     name: str
     kind: SetKind
     split: Split
-    headline: bool
+    counts: bool
     path: Path
     sha256: str
     prompts: tuple[Prompt, ...]
@@ -84,28 +85,11 @@ def load_prompt_set(settings: SetSettings, *, root: Path | None = None) -> Promp
         name=settings.name,
         kind=settings.kind,
         split=settings.split,
-        headline=settings.counts,
+        counts=settings.counts,
         path=path,
         sha256=hashlib.sha256(raw).hexdigest(),
         prompts=prompts,
     )
-
-
-def load_prompt_sets(settings: Iterable[SetSettings], *, root: Path | None = None) -> list[PromptSet]:
-    """Read several sets. The problems of all of them come in one DataError; so do two sets of one name and split."""
-    loaded: list[PromptSet] = []
-    problems: list[str] = []
-    seen: Counter[tuple[str, str]] = Counter()
-    for one in settings:
-        seen[one.split, one.name] += 1
-        try:
-            loaded.append(load_prompt_set(one, root=root))
-        except DataError as error:
-            problems.append(str(error))
-    problems += [f"two {split} sets are named {name!r}; rename one" for (split, name), n in seen.items() if n > 1]
-    if problems:
-        raise DataError("\n".join(problems))
-    return loaded
 
 
 def _rows(path: Path, text: str) -> Iterator[_Row]:

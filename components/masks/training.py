@@ -110,8 +110,8 @@ def train_mask(
     clock.lap("load")
     report = progress or (lambda _event: None)
     report({"phase": "prepare", "pairs": len(pairs), "anchors": len(prompts)})
-    data = _prepare(masked, tokenizer, pairs, dev_pairs, prompts)
-    data.counts.update(pairs_too_long=too_long, pairs_dev_too_long=dev_too_long)
+    dropped = {"pairs_too_long": too_long, "pairs_dev_too_long": dev_too_long}
+    data = _prepare(masked, tokenizer, pairs, dev_pairs, prompts, dropped)
     clock.lap("prepare")
     engine = TorchEngine(masked)
     run = _Run(engine, data, settings, state_dir)
@@ -141,8 +141,10 @@ def _prepare(
     pairs: Sequence[Pair],
     dev_pairs: Sequence[Pair],
     prompts: Sequence[tuple[int, ...]],
+    dropped: dict[str, int],
 ) -> Prepared:
-    """Reference log-probabilities and the anchor's targets, computed once with the weights they belong to."""
+    """Reference log-probabilities and the anchor's targets, computed once with the weights they belong to. `dropped` counts
+    what the data files had beside that."""
     settings = masked.settings
     used = Schedule(len(pairs), settings.batch_size, seed=settings.seed, what="pairs").used(settings.steps)
     dev = list(dev_pairs[: settings.eval_pairs])
@@ -169,7 +171,8 @@ def _prepare(
         anchors_size=len(train),
         anchors_dev=anchors[len(taken) :],
         counts={"pairs": len(pairs), "pairs_used": len(used), "pairs_dev": len(dev)}
-        | {"anchors": len(train), "anchors_used": len(taken), "anchors_dev": len(anchors) - len(taken)},
+        | {"anchors": len(train), "anchors_used": len(taken), "anchors_dev": len(anchors) - len(taken)}
+        | dropped,
     )
 
 

@@ -33,25 +33,33 @@ def state(place: Path, *failed: str) -> RunState:  # noqa: F811
 
 
 def test_a_failed_control_is_missing_and_the_finetune_is_not_failed(place: Path) -> None:  # noqa: F811
-    summary = summarise(state(place, "zh/train_mask_paper"))
+    run = state(place, "zh/train_mask_paper")
+    summary = summarise(run)
     zh, en = summary["finetunes"]
     assert (zh["status"], zh["error"], en["notes"]) == ("done", None, [])
     assert zh["notes"] == ["control paper is missing: train_mask_paper: it is broken"]
-    assert failures(summary) == ["zh (control paper is missing: train_mask_paper: it is broken)"]
+    assert failures(run) == ["zh: control paper is missing: train_mask_paper: it is broken"]
 
 
 def test_a_control_whose_input_is_broken_is_missing_for_all(place: Path) -> None:  # noqa: F811
-    summary = summarise(state(place, "load_unaligned"))
+    run = state(place, "load_unaligned")
+    summary = summarise(run)
     assert [f["status"] for f in summary["finetunes"]] == ["done", "done"]
-    assert failures(summary) == ["zh, en (control resta is missing: load_unaligned: it is broken)"]
+    assert failures(run) == ["zh, en: control resta is missing: load_unaligned: it is broken"]
 
 
 def test_a_finetune_fails_by_its_own_steps_and_by_what_it_stands_on(place: Path) -> None:  # noqa: F811
-    summary = summarise(state(place, "zh/fuse_soft"))
+    run = state(place, "zh/fuse_soft")
+    summary = summarise(run)
     assert [f["status"] for f in summary["finetunes"]] == ["failed", "done"]
-    assert failures(summary) == ["zh failed at fuse_soft: it is broken"]
+    assert failures(run) == ["zh failed at fuse_soft: it is broken"]
 
 
 def test_a_broken_aligned_model_is_said_once(tmp_path: Path, place: Path) -> None:  # noqa: F811
-    summary = summarise(state(place, "load_aligned"))
-    assert failures(summary) == ["zh, en failed at load_aligned: it is broken"]
+    assert failures(state(place, "load_aligned")) == ["zh, en failed at load_aligned: it is broken"]
+
+
+def test_what_fails_for_no_finetune_is_said_too(place: Path) -> None:  # noqa: F811
+    run = state(place, "compare_deltas")
+    assert [f["status"] for f in summarise(run)["finetunes"]] == ["done", "done"]
+    assert failures(run) == ["compare_deltas: it is broken"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from components.errors import DataError
-from components.evaluation.prompts import PromptSet, load_prompt_set, load_prompt_sets
+from components.evaluation.prompts import PromptSet, load_prompt_set
 from components.evaluation.settings import SetSettings
 
 PUBLIC = Path(__file__).parents[3].parent / "shared" / "data" / "safety"
@@ -80,7 +80,7 @@ def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
     ],
 )
 def test_which_sets_make_headlines(tmp_path: Path, options: dict[str, object], counts: bool) -> None:
-    assert load(tmp_path / "s.jsonl", '{"prompt": "x"}', **options).headline is counts
+    assert load(tmp_path / "s.jsonl", '{"prompt": "x"}', **options).counts is counts
 
 
 @pytest.mark.parametrize(
@@ -119,24 +119,6 @@ def test_what_is_wrong_is_named(
     message = str(caught.value)
     assert name in message
     assert all(part in message for part in parts), message
-
-
-def test_problems_of_several_sets_come_together(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("")
-    (tmp_path / "c.jsonl").write_text('{"prompt": "x"}\n')
-    settings = [
-        SetSettings(name="a", kind="benign", path=Path("a.jsonl")),
-        SetSettings(name="b", kind="benign", path=Path("b.jsonl")),
-        SetSettings(name="c", kind="benign", path=Path("c.jsonl")),
-        SetSettings(name="c", kind="harmful", path=Path("c.jsonl")),
-    ]
-    with pytest.raises(DataError) as caught:
-        load_prompt_sets(settings, root=tmp_path)
-    assert len(str(caught.value).split("\n")) == 3
-    for part in ("'a' is empty", "cannot read", "two test sets are named 'c'"):
-        assert part in str(caught.value)
-    same_name = [settings[2], SetSettings(name="c", kind="benign", split="dev", path=Path("c.jsonl"))]
-    assert [s.split for s in load_prompt_sets(same_name, root=tmp_path)] == ["test", "dev"]
 
 
 def test_not_utf8(tmp_path: Path) -> None:
