@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from components.errors import EvaluationError
@@ -30,14 +30,28 @@ End = Literal["model", "limit", "decided"]
 
 @dataclass
 class Row:
-    """One answer in the making: its tokens without the end token, and what ended it."""
+    """One answer in the making: its tokens without the end token, and what ended it (a token, where the model did)."""
 
     tokens: list[int] = field(default_factory=list)
     end: End = "limit"
+    end_token: int | None = None
     open: bool = True
 
     def close(self, end: End) -> None:
         self.open, self.end = False, end
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: those of the generation config, as a server takes them, else the tokenizer's."""
+    stated = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if stated is None:
+        stated = tokenizer.eos_token_id
+    return set() if stated is None else {stated} if isinstance(stated, int) else set(stated)
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int:
+    """What fills a batch up. No row looks at it, so any token does where the tokenizer names none."""
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else min(ends, default=0)
 
 
 @torch.inference_mode()
@@ -72,6 +86,7 @@ def greedy(
         for row, token in zip(batch, chosen.tolist(), strict=True):
             if row.open and token in ends:
                 row.close("model")
+                row.end_token = token
             elif row.open:
                 row.tokens.append(token)
         if decided is not None and step % CHECK_EVERY == 0:

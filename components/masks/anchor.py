@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from components.evaluation.decode import end_tokens, greedy, pad_token
 from components.masks.objective import Teacher, score, teach
 from components.masks.preferences import Row
 
@@ -26,34 +27,23 @@ class Anchor:
     teacher: Teacher
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    declared = getattr(model.generation_config, "eos_token_id", None)
-    ids = set(declared if isinstance(declared, list) else [declared]) | {tokenizer.eos_token_id}
-    return {int(i) for i in ids if i is not None}
-
-
-@torch.no_grad()
 def answer(model: Any, tokenizer: Any, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> list[Row]:
-    """Greedy answers, ended by an end-of-turn token or after `new_tokens`. The order of the prompts is kept."""
-    from transformers import GenerationConfig
-
-    ends = _eos_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    plan = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None, use_cache=True
-    )
-    device = next(model.parameters()).device
+    """Greedy answers with their end token, of at most `new_tokens` tokens. The order of the prompts is kept."""
+    ends = end_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     rows: dict[int, Row] = {}
     for at in range(0, len(order), GENERATE_BATCH):
         chunk = order[at : at + GENERATE_BATCH]
-        longest = max(len(prompts[i]) for i in chunk)
-        ids = torch.tensor([[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in chunk], device=device)
-        real = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk], device=device)
-        out = model.generate(input_ids=ids, attention_mask=real, generation_config=plan)
-        for i, tokens in zip(chunk, out[:, longest:].tolist(), strict=True):
-            stop = next((n + 1 for n, token in enumerate(tokens) if token in ends), len(tokens))
-            rows[i] = Row((*prompts[i], *tokens[:stop]), len(prompts[i]))
+        made = greedy(
+            model=model,
+            prompts=[prompts[i] for i in chunk],
+            pad=pad_token(tokenizer, ends),
+            ends=ends,
+            max_new_tokens=new_tokens,
+        )
+        for i, one in zip(chunk, made, strict=True):
+            end = () if one.end_token is None else (one.end_token,)
+            rows[i] = Row((*prompts[i], *one.tokens, *end), len(prompts[i]))
     return [rows[i] for i in range(len(prompts))]
 
 
