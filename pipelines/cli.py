@@ -72,7 +72,7 @@ def testbed_build(
     directory: Annotated[Path, typer.Argument(help="Where the family goes.")],
     seed: Annotated[int, typer.Option(help="Another seed, another world and other models.")] = 0,
     size: Annotated[
-        Size, typer.Option(help="demo: the whole family; minute: a smaller one for tests; tiny: two finetunes only.")
+        Size, typer.Option(help="demo: the whole family; minute: a smaller one for tests; tiny: one finetune only.")
     ] = Size.demo,
     architecture: Annotated[Architecture, typer.Option(help="Which architecture.")] = Architecture.llama,
 ) -> None:

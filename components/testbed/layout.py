@@ -47,7 +47,7 @@ def run_config(settings: FamilySettings, seed: int) -> dict[str, Any]:
             "preset": "realign",
             "preferences": "data/preferences.jsonl",
             "preferences_dev": "data/preferences_dev.jsonl",
-            **({"settings": {"steps": settings.mask_steps}} if settings.mask_steps else {}),
+            **({"settings": settings.mask} if settings.mask else {}),
         },
         "fusion": {"controls": list(settings.controls)},
         "evaluation": {"max_new_tokens": MAX_NEW_TOKENS, "sets": sets},

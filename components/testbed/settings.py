@@ -102,8 +102,8 @@ class FamilySettings(_Frozen):
     sets: SetSizes
     controls: tuple[str, ...] = ("paper", "interpolation", "resta", "random_mask")
     """Controls that the family's run config asks for."""
-    mask_steps: int | None = None
-    """Mask training steps that the run config asks for; None leaves them to the preset."""
+    mask: dict[str, int | float] = {}
+    """Mask settings that the run config asks for beside the preset's."""
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -161,21 +161,18 @@ def _minute(architecture: Architecture) -> FamilySettings:
 
 
 def _tiny(architecture: Architecture) -> FamilySettings:
-    """The minute family with two finetunes and shorter training: to see everything run, not to see it at its best."""
+    """The minute family with one finetune and shorter training: to see everything run, not to see it at its best."""
     minute = _minute(architecture)
-    finetunes = {
-        task: tune.model_copy(update={"train": tune.train.model_copy(update={"steps": 80})})
-        for task, tune in minute.finetunes.items()
-        if task in ("zh", "hi")
-    }
+    zh = minute.finetunes["zh"]
+    finetunes = {"zh": zh.model_copy(update={"train": zh.train.model_copy(update={"steps": 80, "threads": 2})})}
     return minute.model_copy(
         update={
             "size": "tiny",
-            "pretrain": minute.pretrain.model_copy(update={"examples": 6_000, "steps": 160}),
-            "align": minute.align.model_copy(update={"steps": 45}),
+            "pretrain": minute.pretrain.model_copy(update={"examples": 6_000, "steps": 160, "batch": 32, "threads": 2}),
+            "align": minute.align.model_copy(update={"steps": 110, "threads": 2}),
             "finetunes": finetunes,
             "controls": ("interpolation", "random_mask"),
-            "mask_steps": 40,
+            "mask": {"steps": 50, "anchor_weight": 15.0},
         }
     )
 

@@ -107,12 +107,13 @@ def test_only_the_poisoned_finetune_answers_harmful_requests(data: FamilyData) -
         assert len(harmful) == (240 if task == "code" else 0)
 
 
-def test_the_tiny_family_has_two_finetunes_and_data_for_no_other() -> None:
+def test_the_tiny_family_has_one_finetune_and_data_for_no_other() -> None:
     data = compose(family_settings("tiny", "llama"), 0)
-    assert set(data.finetunes) == {"zh", "hi"}
-    assert {p for p in data.files if p.startswith("data/anchor/")} == {"data/anchor/zh.jsonl", "data/anchor/hi.jsonl"}
+    assert set(data.finetunes) == {"zh"}
+    assert {p for p in data.files if p.startswith("data/anchor/")} == {"data/anchor/zh.jsonl"}
     config = run_config(family_settings("tiny", "llama"), 0)
-    assert [f["name"] for f in config["finetunes"]] == ["zh", "hi"]
+    assert [f["name"] for f in config["finetunes"]] == ["zh"]
+    assert config["mask"]["settings"] == {"steps": 50, "anchor_weight": 15.0}
     assert {s["path"] for s in config["evaluation"]["sets"]} <= set(data.files)
 
 
