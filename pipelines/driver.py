@@ -17,7 +17,7 @@ from components.records import Record
 from components.storage import Workspace, storage_errors, write_atomic
 from pipelines.config import RunConfig
 from pipelines.graph import Node, expand
-from pipelines.roots import Roots, find_roots
+from pipelines.roots import Roots
 from pipelines.specs import build_spec
 from ray_jobs.stage import StageAnswer, StageSpec
 from ray_jobs.submit import RayRunner, ray_runner
@@ -47,6 +47,11 @@ class NodeState:
     def ok(self) -> bool:
         return self.status in ("done", "kept")
 
+    @property
+    def complaint(self) -> str:
+        """Which step failed and why, in a line. Empty for one that did not fail."""
+        return f"{self.node.step.name}: {self.error['message']}" if self.error else ""
+
 
 Watcher = Callable[[dict[str, NodeState]], None]
 
@@ -71,29 +76,26 @@ class RunState:
     def result_dir(self, record: Record) -> Path:
         return self.workspace.result_dir(record.stage, record.fingerprint)
 
-    def error_of(self, finetune: str | None) -> dict[str, str] | None:
+    def failure_of(self, finetune: str) -> NodeState | None:
         """The first failure among a finetune's own steps, or among those it stands on. Controls do not count."""
         needed = [s for s in self.nodes.values() if not s.node.step.needs]
         own = [s for s in needed if s.node.finetune == finetune and s.error is not None]
         shared = [s for s in needed if s.node.finetune is None and s.error and not s.node.joins]
         blocked = any(s.status == "skipped" for s in needed if s.node.finetune == finetune)
         found = own or (shared if blocked else [])
-        return {**(found[0].error or {}), "step": found[0].node.step.name} if found else None
+        return found[0] if found else None
 
-    def failed_controls(self, finetune: str) -> dict[str, str]:
-        """control -> why it is missing, of controls of a finetune (or what they stand on) that failed."""
+    def failed_controls(self, finetune: str) -> dict[str, NodeState]:
+        """control -> what failed, of controls of a finetune (or what they stand on) that are missing for it."""
         wanted = [s for s in self.nodes.values() if s.node.step.needs and s.node.finetune in (finetune, None)]
-        failed = {s.node.step.needs: s for s in reversed(wanted) if s.error is not None}
-        return {control: f"{s.node.step.name}: {(s.error or {})['message']}" for control, s in failed.items()}
+        return {s.node.step.needs: s for s in reversed(wanted) if s.error is not None}
 
 
-def run_stages(config: RunConfig, workspace: Workspace, watch: Watcher) -> RunState:
+def run_stages(config: RunConfig, workspace: Workspace, roots: Roots, watch: Watcher) -> RunState:
     """Run every stage of the graph that has no record yet. Failures are in the state that comes back.
 
-    Raises RealignError only for what makes the whole run pointless: a workspace that cannot be written, broken data files.
+    Raises StorageError when the workspace cannot be written.
     """
-    workspace.prepare()
-    roots = find_roots(config, workspace.root / ".identities")
     nodes = {node.id: NodeState(node) for node in expand(config) if node.step.kind == "stage"}
     state = RunState(config, workspace, roots, nodes)
     with ray_runner(config.execution.workers) as runner:

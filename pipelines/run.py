@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from components.errors import RealignError
@@ -10,10 +11,12 @@ from components.reporting.report import write_report
 from components.reporting.schema import RunSummary
 from components.reporting.table import comparison_table, comparison_text
 from components.storage import Workspace
-from pipelines.actions import track_and_register
+from components.tracking import Tracker
+from pipelines.actions import open_tracker, track_and_register
 from pipelines.config import RunConfig
 from pipelines.display import progress_display
-from pipelines.driver import run_stages
+from pipelines.driver import RunState, run_stages
+from pipelines.roots import find_roots
 from pipelines.summary import failures, summarise, write_summary
 
 
@@ -24,19 +27,29 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     keeps the whole run from starting.
     """
     workspace = Workspace(root)
-    with progress_display(workspace) as watch:
-        state = run_stages(config, workspace, watch)
+    workspace.prepare()
+    roots = find_roots(config, root / ".identities")
+    with ThreadPoolExecutor(1) as beside:
+        # Opening a tracker takes as long as a small stage; nobody waits for it while the stages run.
+        tracker = beside.submit(open_tracker, config, workspace.root)
+        with progress_display(workspace) as watch:
+            state = run_stages(config, workspace, roots, watch)
+    return _conclude(state, tracker)
+
+
+def _conclude(state: RunState, tracker: Future[Tracker]) -> list[str]:
+    """Everything after the stages."""
+    root = state.workspace.root
     summary = summarise(state)
-    failed = failures(summary)
-    failed += [note for note in summary.get("notes", []) if not any(note in line for line in failed)]
-    write_summary(summary, workspace.root / "summary.json")
+    failed = failures(state)
+    write_summary(summary, root / "summary.json")
     try:
-        track_and_register(state, summary)
+        track_and_register(tracker.result(), state, summary)
     except RealignError as error:
         failed.append(f"tracking: {error}")
         summary.setdefault("notes", []).append(f"tracking: {error}")
-    write_summary(summary, workspace.root / "summary.json")
-    write_report(summary, workspace.root / "report.html")
+    write_summary(summary, root / "summary.json")
+    write_report(summary, root / "report.html")
     _print_table(summary)
     for name in ("summary.json", "report.html"):
         sys.stdout.write(f"{root / name}\n")
