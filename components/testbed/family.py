@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from components.errors import StorageError
 from components.testbed import workers
 from components.testbed.compose import FamilyData, compose
@@ -86,7 +88,7 @@ def cached_family(settings: FamilySettings, *, seed: int, cache: Path, progress:
                     shutil.rmtree(leftover)
                 _build(partial, fingerprint, settings, seed, progress or (lambda _: None))
                 partial.rename(done)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors says of a full disk
         raise StorageError(f"cannot build a testbed family in {done.parent}: {error}") from error
     return done
 
@@ -122,7 +124,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _build(work: Path, fingerprint: str, settings: FamilySettings, seed: int, progress: Progress) -> None:
     """Fill `work`; phases that are there already are kept."""
     clock = _Clock(work / "seconds.json", progress)
-    with workers.pool(2) as pool:
+    with workers.pool(min(2, len(settings.finetunes))) as pool:
         with clock.phase("data"):
             data = compose(settings, seed)
             write_files(data.files, work)
