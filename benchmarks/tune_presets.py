@@ -1,6 +1,7 @@
 """`python -m benchmarks.tune_presets`: how the learning rate and the steps of each mask preset were chosen.
 
-Seed 0 only, dev sets only, and as many candidates for `paper` as for `realign`. Trains a mask for every candidate and
+Seed 0 unless asked otherwise, dev sets only, and as many candidates for `paper` as for `realign`. A seed that chose a
+setting proves nothing about it. Trains a mask for every candidate and
 finetune, fuses in memory, evaluates dev soft and binary; prints a line each, then the best candidate of each preset.
 """
 
@@ -20,7 +21,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from components.testbed.family import build_family
+from components.testbed.family import build_from
+from components.testbed.settings import family_settings
 from pipelines.config import FinetuneConfig, RunConfig, load_config
 
 GRIDS: dict[str, dict[str, list[Any]]] = {
@@ -36,6 +38,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--root", type=Path, default=Path("runs/tune-presets"))
     parser.add_argument("--presets", nargs="+", default=list(GRIDS))
     parser.add_argument("--finetunes", nargs="+", default=["zh", "hi", "code"])
+    parser.add_argument("--seed", type=int, default=0, help="of the family")
+    parser.add_argument("--dev", type=int, help="harmful and benign dev prompts, other than the family's own number")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="one more setting for every candidate")
     parser.add_argument("--grid", help="another grid, as JSON: {preset: {setting: [values]}}")
     parser.add_argument("--quick", action="store_true", help="one candidate, one finetune, the minute-sized family")
@@ -45,7 +49,11 @@ def main(arguments: list[str]) -> int:
         options.finetunes = options.finetunes[:1]
         grids = {"realign": {"steps": [20]}}
     size: Any = "minute" if options.quick else "demo"
-    family = build_family(options.root / f"family-{size}", seed=0, size=size, cache=None)
+    settings = family_settings(size, "llama")
+    if options.dev:
+        sets = settings.sets.model_copy(update={"dev_harmful": options.dev, "dev_benign": options.dev})
+        settings = settings.model_copy(update={"sets": sets})
+    family = build_from(settings, options.root / f"family-{settings.fingerprint(options.seed)}", seed=options.seed)
     fixed = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in options.set)}
     candidates = {
         preset: [dict(zip(grid, values, strict=True)) | fixed for values in product(*grid.values())]
@@ -62,7 +70,7 @@ def main(arguments: list[str]) -> int:
             sys.stdout.flush()
     best = {preset: _best(preset, results) for preset in candidates}
     sys.stdout.write(json.dumps({
-        "benchmark": "tune_presets", "date": datetime.now(UTC).date().isoformat(), "best": best,
+        "benchmark": "tune_presets", "date": datetime.now(UTC).date().isoformat(), "best": best, "seed": options.seed,
         "candidates": {preset: len(found) for preset, found in candidates.items()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }) + "\n")  # fmt: skip
