@@ -73,3 +73,20 @@ def test_killed_runs_end_as_an_unbroken_one(tmp_path: Path, kills: int, finetune
     assert results(broken) == expected
     leftovers = [p for p in broken.glob("*/.*") if p.name.startswith((".attempt-", ".state-"))]
     assert leftovers == []
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
+    config = write_config(tmp_path, small_config(tmp_path, finetunes=("hi",)))
+    workspace = tmp_path / "workspace"
+    with subprocess.Popen(
+        command(config, workspace), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as driver:
+        deadline = time.monotonic() + 120
+        while not records(workspace) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(driver.pid, signal.SIGINT)  # what a terminal does at Ctrl-C
+        _, told = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert told.splitlines()[-1] == "realign: interrupted; the same command continues"
+    assert "Traceback" not in told
+    assert_nothing_half_made(workspace)
