@@ -44,12 +44,6 @@ class TrackingError(RealignError):
     """The tracking server refuses what it is asked."""
 
 
-class GateError(RealignError):
-    """A gate did not pass."""
-
-    exit_code: ClassVar[int] = 3
-
-
 def listed(items: Sequence[str], limit: int = 8) -> str:
     """Join findings for a message: `a; b; c (+4 more)`."""
     shown = "; ".join(items[:limit])

@@ -1,7 +1,6 @@
 """Ask a model every prompt, judge every answer, and count.
 
-`evaluate_checkpoint` reads the published directory, as serving would; `evaluate_model` takes a model in memory (the
-search for a control's scale). Both leave one line per prompt in `answers/<set>.jsonl`, in the prompts' order.
+Leaves one line per prompt in `answers/<set>.jsonl`, in the prompts' order.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from components.evaluation.settings import EvaluationSettings, Split
 from components.reporting.schema import Rates
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from components.evaluation.generate import Answer
@@ -39,46 +37,6 @@ class EvaluationResult:
     seconds: float
 
 
-def evaluate_checkpoint(
-    *,
-    model_dir: Path,
-    sets: Sequence[PromptSet],
-    settings: EvaluationSettings,
-    out_dir: Path,
-    base: Path | None = None,
-    split: Split = "test",
-    state_dir: Path | None = None,
-    batch_size: int = 128,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    progress: Progress | None = None,
-    keep_going: Callable[[], None] | None = None,
-) -> EvaluationResult:
-    """Evaluate the sets of one split on a model directory, loaded in fp32 unless `dtype` says otherwise.
-
-    `base` is needed for an adapter directory. `state_dir` keeps finished batches, so that an interrupted evaluation
-    goes on where it stopped; it must belong to this model alone. `keep_going` is called after every batch and may raise
-    to stop. Raises CheckpointError, EvaluationError.
-    """
-    import torch
-
-    from components.evaluation.generate import load_model
-
-    model, tokenizer = load_model(model_dir, base=base, dtype=dtype or torch.float32, device=device)
-    return evaluate_model(
-        model=model,
-        tokenizer=tokenizer,
-        sets=sets,
-        settings=settings,
-        out_dir=out_dir,
-        split=split,
-        state_dir=state_dir,
-        batch_size=batch_size,
-        progress=progress,
-        keep_going=keep_going,
-    )
-
-
 def evaluate_model(
     *,
     model: PreTrainedModel,
@@ -92,7 +50,12 @@ def evaluate_model(
     progress: Progress | None = None,
     keep_going: Callable[[], None] | None = None,
 ) -> EvaluationResult:
-    """The same for a model in memory. Without `out_dir` nothing is written. The model's mode is left as `eval`."""
+    """Evaluate the sets of one split on a model in memory, whose mode is left as `eval`.
+
+    Without `out_dir` nothing is written. `state_dir` keeps finished batches, so that an interrupted evaluation goes on
+    where it stopped; it must belong to this model alone. `keep_going` is called after every batch and may raise to stop.
+    Raises EvaluationError.
+    """
     started = time.perf_counter()
     asked = [one for one in sets if one.split == split]
     if not asked:

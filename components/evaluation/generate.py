@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from components.checkpoints.loading import load_causal_lm, load_tokenizer
 from components.checkpoints.writer import has_tokenizer
 from components.errors import CheckpointError, EvaluationError, listed
-from components.evaluation.decode import End, greedy
+from components.evaluation.decode import End, end_tokens, greedy, pad_token
 from components.evaluation.prompts import Prompt
 
 
@@ -92,12 +91,6 @@ def answer_batches(
         yield number, list(zip(indices, answers, strict=True))
 
 
-def answer(**arguments: Any) -> list[Answer]:
-    """`answer_batches` for all prompts at once: the answers in the prompts' order."""
-    found = dict(pair for _, batch in answer_batches(**arguments) for pair in batch)
-    return [found[i] for i in range(len(found))]
-
-
 def encode(
     *, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], system_prompt: str | None = None
 ) -> list[list[int]]:
@@ -151,21 +144,14 @@ def _answer_batch(
     max_new_tokens: int,
     decided: Callable[[str], bool] | None,
 ) -> list[Answer]:
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     made = greedy(
         model=model,
         prompts=rows,
-        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0),
+        pad=pad_token(tokenizer, ends),
         ends=ends,
         max_new_tokens=max_new_tokens,
         decided=None if decided is None else lambda ids: [decided(text) for text in _decode(tokenizer, ids)],
     )
     texts = _decode(tokenizer, [row.tokens for row in made])
     return [Answer(text, row.end, len(row.tokens)) for text, row in zip(texts, made, strict=True)]
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    stated = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if stated is None:
-        stated = tokenizer.eos_token_id
-    return set() if stated is None else {stated} if isinstance(stated, int) else set(stated)

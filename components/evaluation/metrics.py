@@ -71,21 +71,6 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool], *, confiden
     }
 
 
-def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], *, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
-) -> Difference:
-    """Mean of `first` minus mean of `second` over the same prompts, for scores of any kind; percentile bootstrap over
-    prompts. For yes/no outcomes prefer `paired_difference`. Equal for equal arguments."""
-    import numpy as np
-
-    _check_pairs(len(first), len(second))
-    pairs = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    stream = np.random.Generator(np.random.PCG64(seed))
-    means = np.array([pairs[stream.integers(0, len(pairs), len(pairs))].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return {"diff": float(pairs.mean()), "low": float(low), "high": float(high), "n": len(pairs)}
-
-
 def _check_pairs(n_first: int, n_second: int) -> None:
     if n_first != n_second:
         raise EvaluationError(f"a paired comparison needs the same prompts on both sides, not {n_first} and {n_second}")

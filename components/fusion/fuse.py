@@ -13,8 +13,8 @@ import torch
 
 from components.checkpoints.compare import require_compatible
 from components.checkpoints.reference import Checkpoint
-from components.checkpoints.source import TensorSource, TensorSpec, blocks
-from components.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, copy_side_files
+from components.checkpoints.source import TensorSource, TensorSpec
+from components.checkpoints.writer import CheckpointWriter, copy_side_files
 from components.fusion.fused import BLOCK, FusedBlock, FusedSource, one_thread
 from components.fusion.methods import Mask
 from components.fusion.settings import FusionSettings
@@ -144,47 +144,6 @@ def fuse_checkpoint(
     return _summed(report, source)
 
 
-def materialise(
-    checkpoint: Checkpoint,
-    *,
-    out_dir: Path,
-    output_dtype: torch.dtype | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    block: int = BLOCK,
-    progress: Progress | None = None,
-) -> FuseReport:
-    """Write any checkpoint (say, an adapter over its base) as a complete model directory, unchanged but for
-    `output_dtype`.
-
-    Raises StorageError when the disk refuses.
-    """
-    source = checkpoint.source
-    specs = {n: _cast(source.spec(n), output_dtype) for n in source.names()}
-
-    def sink(name: str, writer: CheckpointWriter) -> None:
-        for start, stop in blocks(specs[name].numel, block):
-            writer.write(name, start, source.read(name, start, stop).to(specs[name].dtype))
-
-    write = _write(source, [source], out_dir, max_shard_bytes, sink, progress, specs)
-    write.files += copy_side_files(
-        model_dir=checkpoint.model_dir,
-        tokenizer_dir=checkpoint.tokenizer_dir,
-        out_dir=out_dir,
-        dtype=widest(s.dtype for s in specs.values()),
-    )
-    report = FuseReport(
-        method="copy",
-        paper="",
-        settings={"output_dtype": None if output_dtype is None else _short(output_dtype)},
-        output_dtypes=sorted({_short(s.dtype) for s in specs.values()}),
-        tensors={n: TensorCounts(s.numel, _short(s.dtype)) for n, s in specs.items()},
-        notes=list(checkpoint.notes),
-        **asdict(write),
-    )
-    report.numel = sum(s.numel for s in specs.values())
-    return report
-
-
 def widest(dtypes: Iterator[torch.dtype]) -> torch.dtype:
     """The floating dtype that holds all of them: what a loader must use to lose no bit."""
     result: torch.dtype | None = None
@@ -272,12 +231,6 @@ def _summed(report: FuseReport, source: FusedSource) -> FuseReport:
             f"their deltas are too small for {'/'.join(report.output_dtypes)} to hold a soft mask"
         )
     return report
-
-
-def _cast(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
-    if dtype is None or not spec.dtype.is_floating_point:
-        return spec
-    return TensorSpec(dtype=dtype, shape=spec.shape)
 
 
 def _short(dtype: torch.dtype) -> str:

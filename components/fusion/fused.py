@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from components.checkpoints.compare import compare_tensors, unravel
-from components.checkpoints.source import TensorSource, TensorSpec, blocks, read_whole
+from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, ConfigError, listed
 from components.fusion.methods import Block, Kernel, Mask, TensorInputs, method_named
 from components.fusion.settings import FusionSettings
@@ -127,13 +127,6 @@ class FusedSource:
                 index = ", ".join(map(str, unravel(start + at, self.spec(name).shape)))
                 hint = f"; {values.dtype} overflows" if whose == "fused" else ""
                 raise CheckpointError(f"{whose} model: {name}[{index}] is {float(values[at])}{hint}")
-
-
-def fused_state_dict(source: TensorSource) -> dict[str, torch.Tensor]:
-    """Every tensor of a source in memory, aliases included (the same tensor under both names)."""
-    with one_thread():
-        state = {name: read_whole(source, name).clone() for name in source.names()}
-    return state | {alias: state[name] for alias, name in source.aliases().items()}
 
 
 def apply_to_model(model: torch.nn.Module, source: TensorSource, *, size: int = BLOCK) -> None:

@@ -104,22 +104,11 @@ def hash_words(
         start = high
 
 
-def uniform_noise(*, seed: int, name: str, step: int, start: int, stop: int, device: str = "cpu") -> torch.Tensor:
-    """Uniform on the open (0, 1) at positions [start, stop): 1-D fp32, odd multiples of 2⁻²⁴."""
-    out = torch.empty(stop - start, device=device)
-    at = 0
-    for word in hash_words(seed=seed, name=name, step=step, start=start, stop=stop, device=device):
-        piece = out[at : at + word.numel()]
-        piece.copy_(word.bitwise_right_shift_(9)).add_(_scalar_like(0.5, out)).mul_(_scalar_like(2.0**-23, out))
-        at += word.numel()
-    return out.add_(0.5)
-
-
 def mask_uniforms(*, seed: int, step: int, segments: Sequence[Segment], device: str = "cpu") -> torch.Tensor:
     """The u of a mask sample at the positions of `segments`, one after the other: 1-D fp32 on the open (0, 1), odd multiples
     of 2⁻¹⁷.
 
-    Two positions share a hash word, 16 bits each: half the cost of `uniform_noise`, and |log u − log(1−u)| ≤ 11.8. Meant for
+    Two positions share a hash word, 16 bits each: half the cost of a word each, and |log u − log(1−u)| ≤ 11.8. Meant for
     some 2 × BLOCK elements at once.
     """
     ranges = [(name, start // 2, (stop + 1) // 2) for name, start, stop in segments]

@@ -147,11 +147,8 @@ class RunSummary(TypedDict):
     merged: NotRequired[list[FinetuneSummary]]
     seconds: NotRequired[dict[str, float]]
     """stage -> wall seconds, of the stages that run once."""
-    fingerprint: NotRequired[str]
     created: NotRequired[str]
     """ISO 8601."""
-    versions: NotRequired[dict[str, str]]
-    """Package -> version, of what the numbers depend on."""
     notes: NotRequired[list[str]]
 
 

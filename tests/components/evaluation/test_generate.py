@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from components.errors import CheckpointError, EvaluationError
-from components.evaluation.generate import answer, answer_batches, encode, load_model
+from components.evaluation.generate import Answer, answer_batches, encode, load_model
 from components.evaluation.judges import PhraseJudge
 from components.evaluation.prompts import Prompt
 from tests.components.evaluation import tiny
@@ -19,6 +20,12 @@ def asked(*texts: str) -> list[Prompt]:
 
 
 PROMPTS = asked(*tiny.LESSONS)
+
+
+def answer(**arguments: Any) -> list[Answer]:
+    """All answers, in the prompts' order."""
+    found = dict(pair for _, batch in answer_batches(**arguments) for pair in batch)
+    return [found[i] for i in range(len(found))]
 
 
 def test_answers_are_those_the_model_was_taught(taught: Path) -> None:

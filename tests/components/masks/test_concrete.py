@@ -21,7 +21,6 @@ from components.masks.concrete import (
     logit_gradient,
     mask_uniforms,
     soft_mask,
-    uniform_noise,
 )
 
 MASK32 = (1 << 32) - 1
@@ -45,10 +44,6 @@ def slow_word(seed: int, name: str, step: int, position: int) -> int:
 @pytest.mark.parametrize("position", [0, 1, 2, 77, BLOCK - 1, BLOCK, 3 * BLOCK + 12345])
 def test_uniforms_are_the_hash_of_their_position(position: int) -> None:
     word = slow_word(5, "layer.weight", 9, position)
-    signed = word - (1 << 32) if word >> 31 else word
-    expected = ((signed >> 9) + 0.5) / 2**23 + 0.5
-    got = uniform_noise(seed=5, name="layer.weight", step=9, start=position, stop=position + 1)
-    assert got.tolist() == [expected]
     halves = [(word & 0xFFFF), (word >> 16)]
     expected_pair = [((h - 65536 if h >> 15 else h) + 0.5) / 2**16 + 0.5 for h in halves]
     pair = mask_uniforms(seed=5, step=9, segments=[("layer.weight", 2 * position, 2 * position + 2)])
@@ -56,11 +51,11 @@ def test_uniforms_are_the_hash_of_their_position(position: int) -> None:
 
 
 def one_tensor(draw: Any) -> Any:
-    """A drawing over segments with the arguments of `uniform_noise`."""
+    """A drawing over segments, of one tensor's slice."""
     return lambda *, seed, name, step, start, stop: draw(seed=seed, step=step, segments=[(name, start, stop)])
 
 
-DRAWS = {"uniform": uniform_noise, "mask": one_tensor(mask_uniforms), "logistic": one_tensor(logistic_noise)}
+DRAWS = {"mask": one_tensor(mask_uniforms), "logistic": one_tensor(logistic_noise)}
 
 
 @pytest.mark.parametrize("kind", DRAWS)
@@ -89,10 +84,9 @@ def test_segments_drawn_together_have_the_bits_of_each_alone() -> None:
     assert torch.equal(alone[5], alone[0][1:2])
 
 
-@pytest.mark.parametrize("kind", ["uniform", "mask"])
-def test_uniforms_are_uniform_open_and_symmetric(kind: str) -> None:
+def test_uniforms_are_uniform_open_and_symmetric() -> None:
     n = 1_500_000
-    u = DRAWS[kind](seed=3, name="model.embed", step=0, start=0, stop=n)
+    u = mask_uniforms(seed=3, step=0, segments=[("model.embed", 0, n)])
     assert 0 < u.min() < 1e-4
     assert 1 - 1e-4 < u.max() < 1
     counts = torch.histc(u, bins=1024, min=0, max=1)
@@ -120,7 +114,7 @@ def test_streams_of_other_seeds_names_and_steps_are_independent() -> None:
 
 
 def test_uniforms_of_one_position_over_steps_are_uniform() -> None:
-    u = torch.cat([uniform_noise(seed=0, name="w", step=t, start=5, stop=6) for t in range(2000)])
+    u = torch.cat([mask_uniforms(seed=0, step=t, segments=[("w", 5, 6)]) for t in range(2000)])
     assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
 
 

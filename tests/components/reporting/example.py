@@ -79,7 +79,5 @@ def summary() -> RunSummary:
         "merged": [merged],
         "seconds": {"testbed": 212.5},
         "created": "2026-01-02T03:04:05Z",
-        "fingerprint": "0f9a8b7c6d5e4f3a2b1c",
-        "versions": {"torch": "2.13.0"},
         "notes": ["a note of the run"],
     }
