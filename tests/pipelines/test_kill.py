@@ -79,7 +79,13 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     config = write_config(tmp_path, small_config(tmp_path, finetunes=("hi",)))
     workspace = tmp_path / "workspace"
     with subprocess.Popen(
-        command(config, workspace), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(config, workspace),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell starts what it puts into the background with the signal ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as driver:
         deadline = time.monotonic() + 120
         while not records(workspace) and time.monotonic() < deadline:
