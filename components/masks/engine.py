@@ -180,7 +180,7 @@ class TorchEngine:
     def iter_shards(self) -> Iterator[tuple[str, int, int, torch.Tensor]]:
         """See Engine."""
         for s in self.masked.slices:
-            yield s.name, s.start, s.stop, s.logits
+            yield s.name, s.home.start, s.home.stop, s.logits
 
     def save(self, directory: Path) -> None:
         """See Engine."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from components.checkpoints.source import TensorSource
 from components.errors import CheckpointError, ConfigError, listed
 from components.masks.masked_model import MaskedModel
 from components.masks.settings import MaskSettings
-from components.masks.slices import MaskedSlice, UnmaskedSlice
+from components.masks.slices import Home, MaskedSlice, UnmaskedSlice, WholeParameter
 
 
 def _source_names(model: torch.nn.Module, source: TensorSource, where: Path) -> dict[str, torch.nn.Parameter]:
@@ -60,47 +61,37 @@ def build_masked_model(
     settings: MaskSettings,
     where: Path,
     logits_dtype: torch.dtype = torch.float32,
+    home: Callable[[torch.nn.Parameter], Home] = WholeParameter,
+    **options: Any,
 ) -> MaskedModel:
-    """Whole tensors (one process). `where` names the aligned model in errors. Raises CheckpointError for parameters
-    that the sources do not name or whose shapes differ."""
+    """The model with every byte read that its homes own, and no other. `where` names the aligned model in errors, `options`
+    are MaskedModel's. Raises CheckpointError for parameters that the sources do not name or whose shapes differ."""
     parameters = _source_names(model, aligned, where)
     finetune_names, finetune_aliases = set(finetune.names()), finetune.aliases()
+    masked = _chosen(sorted(parameters), settings)
     wrong: list[str] = []
     slices: list[MaskedSlice] = []
     unmasked: list[UnmaskedSlice] = []
-    masked = _chosen(sorted(parameters), settings)
     for name in sorted(parameters):
-        parameter, other = parameters[name], finetune_aliases.get(name, name)
+        other = finetune_aliases.get(name, name)
         if other not in finetune_names:
             wrong.append(f"{name} is missing")
             continue
+        here = home(parameters[name])
         shapes = (aligned.spec(name).shape, finetune.spec(other).shape)
-        if shapes != (tuple(parameter.shape),) * 2:
-            wrong.append(
-                f"{name}: aligned {list(shapes[0])}, finetune {list(shapes[1])}, model {list(parameter.shape)}"
-            )
+        if shapes != (here.shape,) * 2:
+            wrong.append(f"{name}: aligned {list(shapes[0])}, finetune {list(shapes[1])}, model {list(here.shape)}")
             continue
-        if not parameter.is_contiguous():
-            parameter.data = parameter.data.contiguous()
-        stored = aligned.read(name).to(parameter.device), finetune.read(other).to(parameter.device)
-        weights = parameter.detach().view(-1)
-        parameter.requires_grad_(name in masked)
-        if name not in masked:
-            unmasked.append(UnmaskedSlice(name, *stored, weights))
-            continue
-        slices.append(
-            MaskedSlice(
-                name=name,
-                start=0,
-                stop=parameter.numel(),
-                numel=parameter.numel(),
-                aligned=stored[0],
-                finetuned=stored[1],
-                logits=torch.full_like(weights, settings.init_logit, dtype=logits_dtype),
-                weights=weights,
-                parameter=parameter,
-            )
-        )
+        device = here.weights.device
+        stored = [
+            source.read(n, here.start, here.stop).to(device) for source, n in ((aligned, name), (finetune, other))
+        ]
+        parameters[name].requires_grad_(name in masked)
+        if name in masked:
+            logits = torch.full_like(here.weights, settings.init_logit, dtype=logits_dtype)
+            slices.append(MaskedSlice(name, here, stored[0], stored[1], logits))
+        else:
+            unmasked.append(UnmaskedSlice(name, here, stored[0], stored[1]))
     if wrong:
         raise CheckpointError(f"{where}: the finetune does not fit the aligned model: {listed(wrong)}")
-    return MaskedModel(model, slices, settings, unmasked=unmasked)
+    return MaskedModel(model, slices, settings, unmasked=unmasked, **options)

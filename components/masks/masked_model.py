@@ -38,11 +38,16 @@ def _no_reduction(sums: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+def _nothing() -> None: ...
+
+
 class MaskedModel:
     """Writes weights into `model` and reads gradients of the logits out of it.
 
-    `all_sum` adds a vector over all ranks. Masks of at most `remember` elements here keep a step's samples from forward to
-    backward instead of drawing them again: the same bits, sooner. Small tensors (`packs`) move into shared memory.
+    Every rank gives the same tensors in the same order, each with the elements that it owns. `all_sum` adds a vector over
+    all ranks; `published` is called when new weights stand in the homes, before anything reads the model. Masks of at most
+    `remember` elements here keep a step's samples from forward to backward instead of drawing them again: the same bits,
+    sooner. Small tensors (`packs`) move into shared memory.
     """
 
     def __init__(
@@ -53,12 +58,13 @@ class MaskedModel:
         *,
         unmasked: Sequence[UnmaskedSlice] = (),
         all_sum: Callable[[torch.Tensor], torch.Tensor] = _no_reduction,
+        published: Callable[[], None] = _nothing,
         remember: int = REMEMBER,
     ) -> None:
         self.model, self.slices, self.settings = model, list(slices), settings
         self.packs = pack(self.slices)
-        self.unmasked, self._all_sum = list(unmasked), all_sum
-        self.numel = sum(s.numel for s in self.slices if s.start == 0)
+        self.unmasked, self._all_sum, self._published = list(unmasked), all_sum, published
+        self.numel = sum(s.numel for s in self.slices)
         """Elements of all masks, over all ranks."""
         self._remember = sum(p.numel for p in self.packs) <= remember
         self._samples: dict[tuple[int, int], torch.Tensor] = {}
@@ -69,23 +75,24 @@ class MaskedModel:
         """Put one of the four deterministic models into the parameters."""
         self._sampled = None
         self._samples.clear()
-        for plain in self.unmasked:
-            plain.weights.copy_(plain.aligned if weights == "aligned" else plain.finetuned)
+        self._write_unmasked(weights)
         if weights in ("soft", "binary"):
             self._fuse(lambda p, low, high: _expected(p.logits[low:high], weights))
-            return
-        for p in self.packs:
-            p.weights.copy_(p.aligned if weights == "aligned" else p.finetuned)
+        else:
+            for p in self.packs:
+                p.weights.copy_(p.aligned if weights == "aligned" else p.finetuned)
+        self._published()
 
     @torch.no_grad()
     def write_sample(self, step: int) -> None:
         """Put the weights under the mask of one training step into the parameters."""
         if self._sampled is None:
-            self.write("finetuned")
+            self._write_unmasked("soft")
         self._samples.clear()
         temperature = self.settings.temperature(step)
         means = self._fuse(lambda p, low, high: self._harden(self._sample(p, low, high, step, temperature)))
         self._sampled = (step, temperature, means)
+        self._published()
 
     @torch.no_grad()
     def logit_gradients(self) -> list[torch.Tensor]:
@@ -116,7 +123,7 @@ class MaskedModel:
                 gradient.add_(kept * (1 - kept), alpha=self.settings.density_weight / self.numel)
             gradients.append(gradient)
         for s in self.slices:
-            s.parameter.grad = None
+            s.home.forget_gradient()
         self._samples.clear()
         return gradients
 
@@ -141,8 +148,12 @@ class MaskedModel:
         return found
 
     def unmasked_numel(self) -> dict[str, int]:
-        """Tensors without a mask and their elements here."""
-        return {u.name: u.weights.numel() for u in self.unmasked}
+        """Tensors without a mask and their elements, over all ranks."""
+        return {u.name: torch.Size(u.home.shape).numel() for u in self.unmasked}
+
+    def _write_unmasked(self, weights: Weights) -> None:
+        for plain in self.unmasked:
+            plain.weights.copy_(plain.aligned if weights == "aligned" else plain.finetuned)
 
     def _sample(self, p: Pack, low: int, high: int, step: int, temperature: float) -> torch.Tensor:
         """s of elements [low, high) of a pack. Not to be written into."""

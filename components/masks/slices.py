@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -14,21 +15,77 @@ SMALL = 2 * BLOCK
 """Slices of fewer elements are packed: on them a call costs more than its elements."""
 
 
-@dataclass
-class MaskedSlice:
-    """Elements [start, stop) of one tensor. `aligned`, `finetuned`: as stored; `logits`, `weights`: 1-D, what the mask is
-    and where the fused weights go (a view of the model's parameter)."""
+class Home(Protocol):
+    """Where elements [start, stop) of one parameter lie in the model, and where their gradient arrives. How a parameter is
+    spread over processes is known to its home alone. `shape` is the whole parameter's; `weights` is 1-D."""
 
-    name: str
+    shape: tuple[int, ...]
     start: int
     stop: int
-    numel: int
-    """Of the whole tensor."""
+    weights: torch.Tensor
+
+    def gradient(self) -> torch.Tensor | None:
+        """∂L/∂w of these elements, 1-D; None for a parameter that the loss did not reach."""
+        ...
+
+    def forget_gradient(self) -> None:
+        """Free it."""
+        ...
+
+    def move(self, weights: torch.Tensor) -> None:
+        """Let the model read these elements from `weights`, which holds their values already."""
+        ...
+
+
+class WholeParameter:
+    """A parameter that this process has to itself."""
+
+    def __init__(self, parameter: torch.nn.Parameter) -> None:
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+        self.parameter, self.shape = parameter, tuple(parameter.shape)
+        self.start, self.stop = 0, parameter.numel()
+        self.weights = parameter.detach().view(-1)
+
+    def gradient(self) -> torch.Tensor | None:
+        """See Home."""
+        return None if self.parameter.grad is None else self.parameter.grad.view(-1)
+
+    def forget_gradient(self) -> None:
+        """See Home."""
+        self.parameter.grad = None
+
+    def move(self, weights: torch.Tensor) -> None:
+        """See Home."""
+        self.weights = weights
+        self.parameter.data = weights.view(self.shape)
+
+
+@dataclass
+class MaskedSlice:
+    """The elements of one tensor that are here: none, some or all. `aligned`, `finetuned`: as stored; `logits`: the mask's,
+    1-D."""
+
+    name: str
+    home: Home
     aligned: torch.Tensor
     finetuned: torch.Tensor
     logits: torch.Tensor
-    weights: torch.Tensor
-    parameter: torch.nn.Parameter
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """Where the fused weights go, 1-D."""
+        return self.home.weights
+
+    @property
+    def size(self) -> int:
+        """Elements here."""
+        return self.home.stop - self.home.start
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return torch.Size(self.home.shape).numel()
 
 
 @dataclass
@@ -36,9 +93,14 @@ class UnmaskedSlice:
     """Elements of a tensor without a mask: the finetune's weights, except while the model is the aligned one."""
 
     name: str
+    home: Home
     aligned: torch.Tensor
     finetuned: torch.Tensor
-    weights: torch.Tensor
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """Where they go, 1-D."""
+        return self.home.weights
 
 
 @dataclass
@@ -71,7 +133,7 @@ class Pack:
         """(index among all slices, begin, end) of what [low, high) holds of each slice, counted from `low`."""
         at = 0
         for index, s in enumerate(self.slices, self.first):
-            size = s.stop - s.start
+            size = s.size
             begin, end = max(at, low), min(at + size, high)
             if begin < end:
                 yield index, begin - low, end - low
@@ -82,18 +144,17 @@ class Pack:
         found: list[Segment] = []
         at = 0
         for s in self.slices:
-            size = s.stop - s.start
+            size, start = s.size, s.home.start
             begin, end = max(at, low), min(at + size, high)
             if begin < end:
-                found.append((s.name, s.start + begin - at, s.start + end - at))
+                found.append((s.name, start + begin - at, start + end - at))
             at += size
         return found
 
     def gradient(self) -> torch.Tensor:
-        """∂L/∂w from the parameters' `.grad`; zero for a parameter that the loss does not reach."""
-        found = [
-            torch.zeros_like(s.weights) if s.parameter.grad is None else s.parameter.grad.view(-1) for s in self.slices
-        ]
+        """∂L/∂w; zero for a parameter that the loss does not reach."""
+        given = [(s, s.home.gradient()) for s in self.slices]
+        found = [torch.zeros_like(s.weights) if gradient is None else gradient for s, gradient in given]
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -111,7 +172,7 @@ def pack(slices: Sequence[MaskedSlice]) -> list[Pack]:
 
 
 def _small(s: MaskedSlice) -> bool:
-    return s.stop - s.start < SMALL
+    return s.size < SMALL
 
 
 def _pack(slices: list[MaskedSlice], first: int) -> Pack:
@@ -129,8 +190,7 @@ def _pack(slices: list[MaskedSlice], first: int) -> Pack:
     )
     at = 0
     for s in slices:
-        size = s.stop - s.start
-        s.logits, s.weights = packed.logits[at : at + size], packed.weights[at : at + size]
-        s.parameter.data = s.weights.view(s.parameter.shape)
-        at += size
+        s.logits = packed.logits[at : at + s.size]
+        s.home.move(packed.weights[at : at + s.size])
+        at += s.size
     return packed

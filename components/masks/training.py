@@ -290,7 +290,7 @@ def _write(
     masked: MaskedModel, engine: Engine, run: _Run, final: dict[str, dict[str, float]], out_dir: Path
 ) -> dict[str, Any]:
     unchanged = masked.unchanged()
-    shapes = {s.name: tuple(s.parameter.shape) for s in masked.slices}
+    shapes = {s.name: s.home.shape for s in masked.slices}
     total = sum(s.numel for s in masked.slices)
     metrics = {
         "steps": run.settings.steps,

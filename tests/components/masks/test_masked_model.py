@@ -18,7 +18,7 @@ from components.masks.objective import Teacher
 from components.masks.preferences import Pair, Row
 from components.masks.presets import resolve
 from components.masks.settings import MaskSettings
-from components.masks.slices import SMALL, MaskedSlice, pack
+from components.masks.slices import SMALL, MaskedSlice, WholeParameter, pack
 from tests.components.masks.support import VOCABULARY, DictSource, moved, source, tiny_model
 
 ARCHITECTURES = ["llama", "qwen", "gpt2"]
@@ -46,6 +46,11 @@ def masked(
     if options:
         built = MaskedModel(built.model, built.slices, built.settings, unmasked=built.unmasked, **options)
     return built
+
+
+def parameter(s: MaskedSlice) -> torch.nn.Parameter:
+    assert isinstance(s.home, WholeParameter)
+    return s.home.parameter
 
 
 def randomise(built: MaskedModel, seed: int = 0) -> None:
@@ -85,7 +90,7 @@ def test_mask_zero_is_the_aligned_model_and_mask_one_the_finetune_bit_for_bit(
         for s, weights in zip(built.slices, by_mask, strict=True):
             assert torch.equal(weights, getattr(s, attribute).float())
             assert torch.equal(s.weights, weights)
-            assert torch.equal(s.parameter.detach().view(-1), weights)
+            assert torch.equal(parameter(s).detach().view(-1), weights)
     for s in built.slices:  # ±inf: also the soft mask, and every sample of it
         s.logits.fill_(torch.inf)
     built.write("soft")
@@ -171,7 +176,7 @@ def literal_loss(built: MaskedModel, batch: Batch, step: int, logits: list[torch
             mask = (mask > 0.5).double() + mask - mask.detach()
         mean = {"none": 1.0, "mean": mask.mean(), "detached": mask.mean().detach()}[st.rescale]
         fused = s.aligned + st.scale * mask / mean * (s.finetuned - s.aligned)
-        weights[s.name] = fused.view(s.parameter.shape)
+        weights[s.name] = fused.view(s.home.shape)
         penalty = penalty + torch.sigmoid(ell).sum() / built.numel
 
     def log_probs(row: Row) -> torch.Tensor:
@@ -282,12 +287,12 @@ def test_packing_changes_nothing(preset: str, monkeypatch: pytest.MonkeyPatch) -
         randomise(built)
         built.write_sample(3)
         weights = [s.weights.clone() for s in built.slices]
-        assert all(torch.equal(s.parameter.detach().view(-1), s.weights) for s in built.slices)
+        assert all(torch.equal(parameter(s).detach().view(-1), s.weights) for s in built.slices)
         generator = torch.Generator().manual_seed(
             5
         )  # given, for a matrix product's bits depend on where its inputs lie
         for s in built.slices:
-            s.parameter.grad = torch.randn(s.parameter.shape, generator=generator)
+            parameter(s).grad = torch.randn(s.home.shape, generator=generator)
         found.append([*weights, *by_slice(built, built.logit_gradients())])
     for alone, packed, cut in zip(*found, strict=True):
         size = alone.abs().max().item()
@@ -297,19 +302,19 @@ def test_packing_changes_nothing(preset: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_only_runs_of_small_slices_are_packed() -> None:
     def part(size: int) -> MaskedSlice:
-        parameter = torch.nn.Parameter(torch.zeros(size))
-        flat = parameter.detach()
-        return MaskedSlice(f"t{size}", 0, size, size, flat.clone(), flat.clone(), flat.clone(), flat, parameter)
+        flat = torch.zeros(size)
+        home = WholeParameter(torch.nn.Parameter(flat))
+        return MaskedSlice(f"t{size}", home, flat.clone(), flat.clone(), flat.clone())
 
     slices = [part(n) for n in (10, 200_000, 5, 7, SMALL, 3, 4, 6)]
     packs = pack(slices)
     assert [[s.numel for s in p.slices] for p in packs] == [[10], [200_000], [5, 7], [SMALL], [3, 4, 6]]
     assert [p.first for p in packs] == [0, 1, 2, 4, 5]
-    assert packs[1].weights.data_ptr() == slices[1].parameter.data_ptr()
+    assert packs[1].weights.data_ptr() == parameter(slices[1]).data_ptr()
     assert list(packs[4].split(2, 8)) == [(5, 0, 1), (6, 1, 5), (7, 5, 6)]
     assert packs[4].segments(2, 8) == [("t3", 2, 3), ("t4", 0, 4), ("t6", 0, 1)]
     packs[4].weights[3:7] = 9.0
-    assert slices[6].parameter.tolist() == [9.0] * 4
+    assert parameter(slices[6]).tolist() == [9.0] * 4
 
 
 def test_slices_with_summed_statistics_equal_whole_tensors() -> None:
@@ -321,27 +326,18 @@ def test_slices_with_summed_statistics_equal_whole_tensors() -> None:
     weights = [s.weights.clone() for s in whole.slices]
     loss = batch_losses(whole.model, example_batch(False), resolve("paper"))
     torch.autograd.backward(loss.loss)
-    grads = {s.name: s.parameter.grad.view(-1).clone() for s in whole.slices}
+    grads = {s.name: s.home.gradient().clone() for s in whole.slices}
 
     def part(rank: int, all_sum: Any) -> MaskedModel:
         slices = []
         for s in whole.slices:
             low, high = (0, s.numel // 3) if rank == 0 else (s.numel // 3, s.numel)
-            parameter = torch.nn.Parameter(torch.zeros(high - low, dtype=torch.float64))
-            parameter.grad = grads[s.name][low:high].clone()
-            slices.append(
-                type(s)(
-                    name=s.name,
-                    start=low,
-                    stop=high,
-                    numel=s.numel,
-                    aligned=s.aligned[low:high],
-                    finetuned=s.finetuned[low:high],
-                    logits=s.logits[low:high].clone(),
-                    weights=parameter.detach(),
-                    parameter=parameter,
-                )
-            )
+            home = WholeParameter(torch.nn.Parameter(torch.zeros(high - low, dtype=torch.float64)))
+            home.parameter.grad = grads[s.name][low:high].clone()
+            home.shape, home.start, home.stop = s.home.shape, low, high
+            home.move = lambda weights, home=home: setattr(home, "weights", weights)  # type: ignore[method-assign]
+            logits = s.logits[low:high].clone()
+            slices.append(MaskedSlice(s.name, home, s.aligned[low:high], s.finetuned[low:high], logits))
         return MaskedModel(whole.model, slices, whole.settings, all_sum=all_sum)
 
     # First pass: each rank's own sums are noted; second pass: every rank is given the totals, in the same order of calls.
