@@ -63,11 +63,13 @@ def greedy(
     ends: set[int],
     max_new_tokens: int,
     decided: Callable[[list[list[int]]], list[bool]] | None = None,
+    all_done: Callable[[bool], bool] | None = None,
 ) -> list[Row]:
     """The most likely continuation of each prompt (token ids), in the prompts' order.
 
-    `decided` is shown unfinished answers every few tokens and says which need not go on. Raises EvaluationError for a
-    model that keeps no key-value cache.
+    `decided` is shown unfinished answers every few tokens and says which need not go on. `all_done` is told after each token
+    whether every row here has ended, and says whether to stop: a forward of a model whose weights are spread over
+    processes needs them all. Raises EvaluationError for a model that keeps no key-value cache.
     """
     rows = [Row() for _ in prompts]
     batch = list(rows)  # which row stands at which place of the batch
@@ -92,10 +94,11 @@ def greedy(
         if decided is not None and step % CHECK_EVERY == 0:
             _close_decided(batch, decided)
         kept = [place for place, row in enumerate(batch) if row.open]
-        if not kept or step == max_new_tokens:
+        done = not kept if all_done is None else all_done(not kept)
+        if done or step == max_new_tokens:
             break
         ids_BP, positions = chosen[:, None], positions[:, -1:] + 1
-        if len(kept) <= LEAVE_AT * len(batch) and _can_leave(cache):
+        if 0 < len(kept) <= LEAVE_AT * len(batch) and _can_leave(cache):
             places = torch.tensor(kept, device=model.device)
             cache.batch_select_indices(places)
             ids_BP, positions, mask_BL = ids_BP[places], positions[places], mask_BL[places]

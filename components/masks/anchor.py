@@ -3,15 +3,18 @@ token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from components.evaluation.decode import end_tokens, greedy, pad_token
-from components.masks.objective import Teacher, score, teach
+from components.masks.objective import Forwards, Teacher, score, teach
 from components.masks.preferences import Row
+from components.masks.ranks import spread
+
+Out = TypeVar("Out")
 
 GENERATE_BATCH = 64
 """Prompts answered at once."""
@@ -27,46 +30,64 @@ class Anchor:
     teacher: Teacher
 
 
-def answer(model: Any, tokenizer: Any, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> list[Row]:
+def answer(
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[int, ...]], new_tokens: int, how: Forwards | None = None
+) -> list[Row]:
     """Greedy answers with their end token, of at most `new_tokens` tokens. The order of the prompts is kept."""
+    how = how or Forwards()
     ends = end_tokens(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    rows: dict[int, Row] = {}
-    for at in range(0, len(order), GENERATE_BATCH):
-        chunk = order[at : at + GENERATE_BATCH]
+
+    def all_done(mine: bool) -> bool:
+        return int(how.ranks.all_sum(torch.tensor(int(not mine)))) == 0
+
+    def write(chunk: Sequence[int]) -> list[Row]:
         made = greedy(
             model=model,
             prompts=[prompts[i] for i in chunk],
             pad=pad_token(tokenizer, ends),
             ends=ends,
             max_new_tokens=new_tokens,
+            all_done=all_done if how.ranks.world > 1 else None,
         )
-        for i, one in zip(chunk, made, strict=True):
-            end = () if one.end_token is None else (one.end_token,)
-            rows[i] = Row((*prompts[i], *one.tokens, *end), len(prompts[i]))
-    return [rows[i] for i in range(len(prompts))]
+        tokens = [(*one.tokens, *(() if one.end_token is None else (one.end_token,))) for one in made]
+        return [Row((*prompts[i], *added), len(prompts[i])) for i, added in zip(chunk, tokens, strict=True)]
+
+    return _by_length(prompts, write, GENERATE_BATCH, how)
 
 
 @torch.no_grad()
-def teachers(model: Any, rows: Sequence[Row], *, full_vocabulary: int, top_k: int) -> list[Teacher]:
+def teachers(
+    model: Any, rows: Sequence[Row], how: Forwards | None = None, *, full_vocabulary: int, top_k: int
+) -> list[Teacher]:
     """The model's own distributions over the responses of `rows`, as much of them as is kept."""
-    kept: dict[int, Teacher] = {}
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens), i))
-    for at in range(0, len(order), SCORE_BATCH):
-        chunk = order[at : at + SCORE_BATCH]
-        each = score(model, [rows[i] for i in chunk]).each()
-        for place, i in enumerate(chunk):
-            # A copy of its own: a view would keep the whole chunk's log-probabilities alive.
-            kept[i] = teach(each[place].clone(), full_vocabulary=full_vocabulary, top_k=top_k)
-    return [kept[i] for i in range(len(rows))]
+    how = how or Forwards()
+
+    def write(chunk: Sequence[int]) -> list[Teacher]:
+        each = score(model, [rows[i] for i in chunk], overhead=how.overhead).each()
+        # A copy of its own: a view would keep the whole chunk's log-probabilities alive.
+        return [teach(each[i].clone(), full_vocabulary=full_vocabulary, top_k=top_k) for i in range(len(chunk))]
+
+    return _by_length([row.tokens for row in rows], write, SCORE_BATCH, how)
 
 
 @torch.no_grad()
-def sequence_log_probs(model: Any, rows: Sequence[Row]) -> torch.Tensor:
+def sequence_log_probs(model: Any, rows: Sequence[Row], how: Forwards | None = None) -> torch.Tensor:
     """log π(response | prompt) of each row under the weights the model holds now: [R]."""
-    found = torch.zeros(len(rows), dtype=torch.float64)
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].tokens), i))
-    for at in range(0, len(order), SCORE_BATCH):
-        chunk = order[at : at + SCORE_BATCH]
-        found[chunk] = score(model, [rows[i] for i in chunk]).sequences().double().cpu()
-    return found
+    how = how or Forwards()
+
+    def write(chunk: Sequence[int]) -> list[float]:
+        found: list[float] = score(model, [rows[i] for i in chunk], overhead=how.overhead).sequences().tolist()
+        return found
+
+    return torch.tensor(_by_length([row.tokens for row in rows], write, SCORE_BATCH, how), dtype=torch.float64)
+
+
+def _by_length(
+    tokens: Sequence[tuple[int, ...]], work: Callable[[Sequence[int]], list[Out]], size: int, how: Forwards
+) -> list[Out]:
+    """`work` on the indices of at most `size` rows at once, of like length, spread over ranks; results in the rows' order."""
+    order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), i))
+    chunks = [order[at : at + size] for at in range(0, len(order), size)]
+    parts = spread(chunks, work, how.ranks)
+    found = {i: one for chunk, part in zip(chunks, parts, strict=True) for i, one in zip(chunk, part, strict=True)}
+    return [found[i] for i in range(len(tokens))]

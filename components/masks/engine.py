@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from components.errors import StorageError, TrainingError, listed
 from components.masks.anchor import Anchor
 from components.masks.masked_model import MaskedModel, Weights
-from components.masks.objective import anchor_kl, score, sigmoid_dpo
-from components.masks.preferences import Pair
+from components.masks.objective import GROUP_OVERHEAD, Forwards, anchor_kl, score, sigmoid_dpo
+from components.masks.preferences import Pair, Row
 from components.masks.settings import MaskSettings
+from components.masks.state import SavedState, Slice, save_state, state_file
 
-STATE_FILE = "engine.safetensors"
+METRICS = ("loss", "dpo_loss", "dpo_accuracy", "reward_margin", "chosen_nll", "anchor_kl")
+"""What a batch is told by; the last only where it has anchors."""
+IDLE_ROW = Row((0, 0), 1)
 EVALUATE_BATCH = 32
 """Pairs scored at once in an evaluation."""
 
@@ -73,11 +74,7 @@ class Engine(Protocol):
         ...
 
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote."""
-        ...
-
-    def iter_shards(self) -> Iterator[tuple[str, int, int, torch.Tensor]]:
-        """(name, start, stop, logits) until every element of every mask has been given once."""
+        """Go on from what `save` wrote, on however many ranks. Raises StorageError."""
         ...
 
 
@@ -89,12 +86,17 @@ class Losses:
     metrics: dict[str, float]
 
 
-def batch_losses(model: torch.nn.Module, batch: Batch, settings: MaskSettings) -> Losses:
+def batch_losses(
+    model: torch.nn.Module, batch: Batch, settings: MaskSettings, *, overhead: int = GROUP_OVERHEAD
+) -> Losses:
     """Mean DPO loss over pairs + chosen weight × their mean −log π(chosen) + anchor weight × mean KL over answer tokens, all
-    rows in as few forwards as pay."""
+    rows in as few forwards as pay. An empty share's loss is 0, by a forward that its rank has to take part in."""
     pairs, (total_pairs, total_tokens) = batch.pairs, batch.totals()
     rows = [r for p in pairs for r in (p.pair.chosen, p.pair.rejected)] + [a.row for a in batch.anchors]
-    scored = score(model, rows)
+    if not rows:
+        idle = score(model, [IDLE_ROW], overhead=overhead).log_probs.sum() * 0.0
+        return Losses(idle, dict.fromkeys(METRICS, 0.0))
+    scored = score(model, rows, overhead=overhead)
     policy = scored.sequences()[: 2 * len(pairs)].view(-1, 2)
     reference = torch.tensor([p.reference for p in pairs], dtype=policy.dtype, device=policy.device).view(-1, 2)
     losses, margins = sigmoid_dpo(policy, reference, settings.beta)
@@ -117,12 +119,13 @@ def batch_losses(model: torch.nn.Module, batch: Batch, settings: MaskSettings) -
 
 
 class TorchEngine:
-    """One process, whole tensors, Adam on the logits. A step's rows go forward and backward in `accumulate` parts under the
-    same sample: less memory for activations, the same step up to rounding."""
+    """Adam on the logits that are here, alone or as one of several ranks. A step's rows go forward and backward in
+    `accumulate` parts on each rank under the same sample: less memory for activations, the same step up to rounding."""
 
-    def __init__(self, masked: MaskedModel, *, accumulate: int = 1) -> None:
-        self.masked = masked
-        self.settings = masked.settings
+    def __init__(self, masked: MaskedModel, *, accumulate: int = 1, forwards: Forwards | None = None) -> None:
+        self.masked, self.settings = masked, masked.settings
+        self.forwards = forwards or Forwards()
+        self.ranks = self.forwards.ranks
         self._accumulate = accumulate
         self._moments = [(torch.zeros_like(p.logits), torch.zeros_like(p.logits)) for p in masked.packs]
         self._updates = 0
@@ -138,7 +141,8 @@ class TorchEngine:
                 "lower mask.learning_rate or look at these rows"
             )
         gradients = self.masked.logit_gradients()
-        norm = torch.stack([g.square().sum(dtype=torch.float64) for g in gradients]).sum().sqrt().item()
+        squares = torch.stack([g.square().sum(dtype=torch.float64) for g in gradients]).sum()
+        norm = self.masked.all_sum(squares).sqrt().item()
         metrics["gradient_norm"] = norm
         if not math.isfinite(norm):
             raise TrainingError(
@@ -155,65 +159,78 @@ class TorchEngine:
     def evaluate(self, batch: Batch, weights: Weights) -> dict[str, float]:
         """See Engine."""
         self.masked.write(weights)
-        parts = -(-len(batch.pairs) // EVALUATE_BATCH)
-        return _added([self._losses(batch.share(i, parts)).metrics for i in range(parts)])
+        rounds = -(-len(batch.pairs) // (EVALUATE_BATCH * self.ranks.world))
+        return self._added(batch, [self._losses(part).metrics for part in self._shares(batch, rounds)])
 
     def _backward(self, batch: Batch) -> dict[str, float]:
-        """Leave the batch's gradients in the parameters; its metrics."""
+        """Leave the batch's gradients in the homes; its metrics."""
         found = []
-        for i in range(self._accumulate):
-            part = batch.share(i, self._accumulate)
-            if part.pairs or part.anchors:
-                losses = self._losses(part)
-                torch.autograd.backward(losses.loss)
-                found.append(losses.metrics)
-        return _added(found)
+        for part in self._shares(batch, self._accumulate):
+            losses = self._losses(part)
+            torch.autograd.backward(losses.loss)
+            self._reduce()
+            found.append(losses.metrics)
+        return self._added(batch, found)
+
+    def _reduce(self) -> None:
+        """Called after each backward: where gradients cross ranks."""
+
+    def _shares(self, batch: Batch, rounds: int) -> Iterator[Batch]:
+        """This rank's parts of a batch; as many on every rank, so some may be empty."""
+        for i in range(rounds):
+            part = batch.share(i * self.ranks.world + self.ranks.rank, rounds * self.ranks.world)
+            if part.pairs or part.anchors or self.ranks.world > 1:
+                yield part
 
     def _losses(self, batch: Batch) -> Losses:
-        return batch_losses(self.masked.model, batch, self.settings)
+        return batch_losses(self.masked.model, batch, self.settings, overhead=self.forwards.overhead)
+
+    def _added(self, batch: Batch, parts: Sequence[dict[str, float]]) -> dict[str, float]:
+        """The metrics of a batch from those of its shares, over all ranks."""
+        keys = [key for key in METRICS if key != "anchor_kl" or batch.anchors]
+        mine = [sum(part.get(key, 0.0) for part in parts) for key in keys]
+        return dict(zip(keys, self.ranks.all_sum(torch.tensor(mine, dtype=torch.float64)).tolist(), strict=True))
 
     def density(self) -> dict[str, float]:
         """See Engine."""
         soft, binary = self.masked.density()
         return {"density_soft": soft, "density_binary": binary}
 
-    def iter_shards(self) -> Iterator[tuple[str, int, int, torch.Tensor]]:
-        """See Engine."""
-        for s in self.masked.slices:
-            yield s.name, s.home.start, s.home.stop, s.logits
-
     def save(self, directory: Path) -> None:
         """See Engine."""
-        tensors = {key: tensor.clone() for key, tensor in self._state()}
-        path = directory / STATE_FILE
-        try:
-            save_file(tensors, path, metadata={"updates": str(self._updates)})
-        except SafetensorError as error:  # what it raises when the disk is full too: no OSError
-            raise StorageError(
-                f"{path}: training state cannot be written ({error}); free some space or choose another workspace"
-            ) from error
+        path = state_file(directory, self.ranks.rank, self.ranks.world)
+        save_state(path, {key: (part, values) for key, part, values in self._state()}, updates=self._updates)
 
     def load(self, directory: Path) -> None:
         """See Engine."""
-        tensors, updates = _read_state(directory / STATE_FILE)
-        mine = dict(self._state())
-        wrong = sorted(key for key in mine.keys() | tensors if key not in mine or key not in tensors)
-        wrong += [key for key in mine.keys() & tensors if mine[key].shape != tensors[key].shape]
-        if wrong:
-            raise StorageError(
-                f"{directory}: training state of another model: {listed(wrong)}; delete it to start anew"
-            )
-        for key, tensor in mine.items():
-            tensor.copy_(tensors[key])
-        self._updates = updates
+        mine = list(self._state())
+        with SavedState(directory) as saved:
+            there, expected = saved.numels(), {key: part.numel for key, part, _ in mine}
+            wrong = sorted(k for k in there.keys() | expected if there.get(k) != expected.get(k))
+            if wrong:
+                raise StorageError(
+                    f"{directory}: training state of another model: {listed(wrong)}; delete it to start anew"
+                )
+            for key, part, values in mine:
+                saved.read_into(key, part.start, values)
+            self._updates = saved.updates
 
-    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Back to the mask's start."""
+        for pack, moments in zip(self.masked.packs, self._moments, strict=True):
+            pack.logits.fill_(self.settings.init_logit)
+            for moment in moments:
+                moment.zero_()
+        self._updates = 0
+
+    def _state(self) -> Iterator[tuple[str, Slice, torch.Tensor]]:
         """Logits and moments by tensor, as views: the files do not know of packs."""
         for pack, (first, second) in zip(self.masked.packs, self._moments, strict=True):
-            for i, begin, end in pack.split(0, pack.numel):
-                name = self.masked.slices[i].name
+            for s, (_, begin, end) in zip(pack.slices, pack.places(), strict=True):
+                part = Slice(s.home.start, s.home.stop, s.numel)
                 for kind, flat in (("logits", pack.logits), ("first", first), ("second", second)):
-                    yield f"{kind}/{name}", flat[begin:end]
+                    yield f"{kind}/{s.name}", part, flat[begin:end]
 
     @torch.no_grad()
     def _adam(self, gradients: Sequence[torch.Tensor]) -> None:
@@ -228,17 +245,3 @@ class TorchEngine:
             second.mul_(s.adam_beta2).addcmul_(gradient, gradient, value=1 - s.adam_beta2)
             scale = second.sqrt().mul_(1 / math.sqrt(correct_2)).add_(s.adam_epsilon)
             pack.logits.addcdiv_(first, scale, value=-rate)
-
-
-def _added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a batch from those of its shares."""
-    return {key: sum(part.get(key, 0.0) for part in parts) for key in max(parts, key=len)}
-
-
-def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], int]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            updates = int(opened.metadata()["updates"])
-        return load_file(path), updates
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"{path}: training state cannot be read ({error}); delete it to start anew") from None

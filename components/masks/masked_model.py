@@ -63,7 +63,7 @@ class MaskedModel:
     ) -> None:
         self.model, self.slices, self.settings = model, list(slices), settings
         self.packs = pack(self.slices)
-        self.unmasked, self._all_sum, self._published = list(unmasked), all_sum, published
+        self.unmasked, self.all_sum, self._published = list(unmasked), all_sum, published
         self.numel = sum(s.numel for s in self.slices)
         """Elements of all masks, over all ranks."""
         self._remember = sum(p.numel for p in self.packs) <= remember
@@ -134,7 +134,7 @@ class MaskedModel:
         for p in self.packs:
             sums[0] += soft_mask(p.logits).sum(dtype=torch.float64)
             sums[1] += binary_mask(p.logits).sum()
-        soft, binary = (self._all_sum(sums) / self.numel).tolist()
+        soft, binary = (self.all_sum(sums) / self.numel).tolist()
         return soft, binary
 
     def unchanged(self) -> dict[str, int]:
@@ -195,7 +195,7 @@ class MaskedModel:
                 h = mask(p, low, high)
                 for i, begin, end in p.split(low, high):
                     sums[i] += h[begin:end].sum(dtype=torch.float64)
-        return self._all_sum(sums) / self._numels()
+        return self.all_sum(sums) / self._numels()
 
     def _mean_pulls(
         self, slopes: Sequence[torch.Tensor], step: int, temperature: float, means: torch.Tensor
@@ -210,7 +210,7 @@ class MaskedModel:
                 product = _pull(p, slope, low, high).mul_(h)
                 for i, begin, end in p.split(low, high):
                     sums[i] += product[begin:end].sum(dtype=torch.float64)
-        found = self._all_sum(sums) / (self._numels() * means.square())
+        found = self.all_sum(sums) / (self._numels() * means.square())
         return [value if mean > 0 else 0.0 for value, mean in zip(found.tolist(), means.tolist(), strict=True)]
 
     def _numels(self) -> torch.Tensor:

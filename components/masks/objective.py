@@ -7,16 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from components.masks.preferences import Row
+from components.masks.ranks import Alone, Ranks
 
 GROUP_OVERHEAD = 200
 """Padding tokens worth saving by one more forward call when rows are grouped by length."""
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """How a model's forwards are made: by which ranks, and what one more is worth (see `length_groups`). Where a forward is a
+    collective, every rank must make as many: one for each batch, padded as it is."""
+
+    ranks: Ranks = field(default_factory=Alone)
+    overhead: int = GROUP_OVERHEAD
+
+
+ONE = 1 << 40
+"""An overhead at which rows are never grouped."""
 
 
 @dataclass(frozen=True)

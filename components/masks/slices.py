@@ -139,6 +139,13 @@ class Pack:
                 yield index, begin - low, end - low
             at += size
 
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """(index among all slices, begin, end) of every slice, those without an element too."""
+        at = 0
+        for index, s in enumerate(self.slices, self.first):
+            yield index, at, at + s.size
+            at += s.size
+
     def segments(self, low: int, high: int) -> list[Segment]:
         """The positions that [low, high) holds, as noise is counted."""
         found: list[Segment] = []

@@ -30,7 +30,7 @@ def test_a_state_that_cannot_be_written_is_said_with_path_and_remedy(tmp_path: P
     with pytest.raises(StorageError) as caught, small_files():
         engine.save(tmp_path)
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'engine.safetensors'}: training state cannot be written (")
+    assert message.startswith(f"{tmp_path / 'engine-00000-of-00001.safetensors'}: training state cannot be written (")
     assert "File too large" in message
     assert message.endswith("; free some space or choose another workspace")
-    assert not (tmp_path / "engine.safetensors").exists()
+    assert not (tmp_path / "engine-00000-of-00001.safetensors").exists()

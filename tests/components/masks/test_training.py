@@ -151,10 +151,10 @@ def test_state_that_does_not_fit_or_cannot_be_read_is_not_gone_on_with(place: Wo
 
     assert train_again() == ["the training state is of other settings or data"]
     assert train_again() == []  # this is its own state, and done
-    state = next((place.root / "run/state").glob("step-*")) / "engine.safetensors"
+    state = next((place.root / "run/state").glob("step-*")) / "engine-00000-of-00001.safetensors"
     state.write_bytes(state.read_bytes()[:-4])
     (why,) = train_again()
-    assert "engine.safetensors: training state cannot be read" in why
+    assert "engine-00000-of-00001.safetensors: training state cannot be read" in why
     (place.root / "run/state/LATEST.json").write_text("{")
     assert len(train_again()) == 1
 
