@@ -23,6 +23,22 @@ def load_causal_lm(directory: Path, *, dtype: torch.dtype = torch.float32) -> An
     return model.eval()
 
 
+def empty_causal_lm(directory: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The directory's architecture and generation config in eval mode, its parameters not yet filled: whoever calls this writes
+    every one of them. Buffers are as the model computes them. Raises CheckpointError."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    with _explained(directory):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.tie_weights()
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model.eval()
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a directory with its chat template. Raises CheckpointError."""
     from transformers import AutoTokenizer

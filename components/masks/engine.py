@@ -164,23 +164,22 @@ class TorchEngine:
 
     def _backward(self, batch: Batch) -> dict[str, float]:
         """Leave the batch's gradients in the homes; its metrics."""
-        found = []
-        for part in self._shares(batch, self._accumulate):
+        found, shares = [], self._shares(batch, self._accumulate)
+        for done, part in enumerate(shares, 1):
             losses = self._losses(part)
             torch.autograd.backward(losses.loss)
-            self._reduce()
+            self._reduce(last=done == len(shares))
             found.append(losses.metrics)
         return self._added(batch, found)
 
-    def _reduce(self) -> None:
-        """Called after each backward: where gradients cross ranks."""
+    def _reduce(self, *, last: bool) -> None:
+        """Called after each backward of a batch: where gradients cross ranks."""
 
-    def _shares(self, batch: Batch, rounds: int) -> Iterator[Batch]:
+    def _shares(self, batch: Batch, rounds: int) -> list[Batch]:
         """This rank's parts of a batch; as many on every rank, so some may be empty."""
-        for i in range(rounds):
-            part = batch.share(i * self.ranks.world + self.ranks.rank, rounds * self.ranks.world)
-            if part.pairs or part.anchors or self.ranks.world > 1:
-                yield part
+        world, rank = self.ranks.world, self.ranks.rank
+        parts = [batch.share(i * world + rank, rounds * world) for i in range(rounds)]
+        return [part for part in parts if part.pairs or part.anchors or world > 1]
 
     def _losses(self, batch: Batch) -> Losses:
         return batch_losses(self.masked.model, batch, self.settings, overhead=self.forwards.overhead)

@@ -27,7 +27,9 @@ def _source_names(model: torch.nn.Module, source: TensorSource, where: Path) -> 
         by_identity.setdefault(id(parameter), []).append(name)
     for names in by_identity.values():
         known = [aliases.get(name, name) for name in names if aliases.get(name, name) in listed_names]
-        if known:
+        if known and known[0] in found:
+            missing.append(f"{names[0]} (tied in the weights, but not in the model)")
+        elif known:
             found[known[0]] = parameters[names[0]]
         else:
             missing.append(names[0])

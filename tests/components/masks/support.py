@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -79,6 +81,9 @@ def tiny_model(architecture: str = "llama", *, seed: int = 0) -> Any:
         model = LlamaForCausalLM(config)
     elif architecture == "qwen":
         model = Qwen2ForCausalLM(Qwen2Config(**shape, **common, num_key_value_heads=1, tie_word_embeddings=True))
+    elif architecture == "moe":
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 32}
+        model = GptOssForCausalLM(GptOssConfig(**shape, **common, **experts, num_key_value_heads=1))
     else:
         gpt = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "eos_token_id": 1, "bos_token_id": None}
         model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, initializer_range=0.2, **gpt))
