@@ -7,29 +7,33 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from components.leases import acquire
 from components.records import Record, canonical_json, fingerprint
 from components.reporting.schema import FinetuneSummary, RunSummary
 from components.tracked import Point, TrackedRun, rate_metrics, read_series
 from components.tracking import EVALUATION_TAG, Tracker
-from pipelines.config import RunConfig
 from pipelines.driver import RunState
 
 _VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary"}
 
 
-def open_tracker(config: RunConfig, workspace: Path) -> Tracker:
-    """The run's tracking server and experiment. Takes seconds. Raises TrackingError when it cannot be reached."""
-    tracking = config.tracking
-    return Tracker(uri=tracking.uri, experiment=tracking.experiment or config.name, workspace=workspace)
-
-
-def track_and_register(tracker: Tracker, run: RunState, summary: RunSummary) -> None:
+def track_and_register(run: RunState, summary: RunSummary) -> None:
     """Project the run into MLflow and register each finetune's selected model; fills `registry` in the summary.
 
-    Raises TrackingError when the server refuses; nothing is lost: running again does the same.
+    One run of a workspace at a time: what is looked up before it is made must not be made twice. Raises TrackingError when
+    the server cannot be reached or refuses; nothing is lost: running again does the same.
     """
+    lease = acquire(run.workspace.root / ".tracking.lease", done=lambda: False)
+    assert lease is not None
+    with lease:
+        _track_and_register(run, summary)
+
+
+def _track_and_register(run: RunState, summary: RunSummary) -> None:
+    tracking = run.config.tracking
+    tracker = Tracker(uri=tracking.uri, experiment=tracking.experiment or run.config.name, workspace=run.workspace.root)
     ids = tracker.project(_tracked(run, summary))
-    if not run.config.tracking.register_models:
+    if not tracking.register_models:
         return
     for entry in summary["finetunes"]:
         form = entry.get("selected")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from components.errors import RealignError
 from components.reporting.report import write_report
 from components.reporting.schema import RunSummary
-from components.reporting.table import comparison_table, comparison_text
+from components.reporting.table import comparison_caption, comparison_table, comparison_text
 from components.storage import Workspace
-from components.tracking import Tracker
-from pipelines.actions import open_tracker, track_and_register
+from pipelines.actions import track_and_register
 from pipelines.config import RunConfig
 from pipelines.display import progress_display
-from pipelines.driver import RunState, run_stages
+from pipelines.driver import run_stages
 from pipelines.roots import find_roots
 from pipelines.summary import failures, summarise, write_summary
 
@@ -29,22 +27,13 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     workspace = Workspace(root)
     workspace.prepare()
     roots = find_roots(config, root / ".identities")
-    with ThreadPoolExecutor(1) as beside:
-        # Opening a tracker takes as long as a small stage; nobody waits for it while the stages run.
-        tracker = beside.submit(open_tracker, config, workspace.root)
-        with progress_display(workspace) as watch:
-            state = run_stages(config, workspace, roots, watch)
-    return _conclude(state, tracker)
-
-
-def _conclude(state: RunState, tracker: Future[Tracker]) -> list[str]:
-    """Everything after the stages."""
-    root = state.workspace.root
+    with progress_display(workspace) as watch:
+        state = run_stages(config, workspace, roots, watch)
     summary = summarise(state)
     failed = failures(state)
     write_summary(summary, root / "summary.json")
     try:
-        track_and_register(tracker.result(), state, summary)
+        track_and_register(state, summary)
     except RealignError as error:
         failed.append(f"tracking: {error}")
         summary.setdefault("notes", []).append(f"tracking: {error}")
@@ -67,3 +56,5 @@ def _print_table(summary: RunSummary) -> None:
 
     console = Console()
     console.print(comparison_table(summary, width=console.width))
+    for line in comparison_caption(summary):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
