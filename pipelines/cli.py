@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,15 +48,12 @@ def run(
 
     Run it again to continue: what has a record is not run again.
     """
-    from pipelines.config import load_config
-    from pipelines.run import realign
+    with _interruptible("the same command continues"):
+        from pipelines.config import load_config
+        from pipelines.run import realign
 
-    loaded = load_config(config)
-    try:
+        loaded = load_config(config)
         failures = realign(loaded, workspace or Path("runs") / loaded.name)
-    except KeyboardInterrupt:
-        sys.stderr.write("realign: interrupted; the same command continues\n")
-        raise typer.Exit(130) from None
     if failures:
         raise typer.Exit(2)
 
@@ -77,16 +77,17 @@ def testbed_build(
     architecture: Annotated[Architecture, typer.Option(help="Which architecture.")] = Architecture.llama,
 ) -> None:
     """Train a family: unaligned and aligned model, finetunes, data, and a run config for `realign run`."""
-    from components.testbed.family import build_family
+    with _interruptible("the same command continues after the last phase that ended"):
+        from components.testbed.family import build_family
 
-    where = build_family(
-        directory,
-        seed=seed,
-        size=size.value,
-        architecture=architecture.value,
-        cache=_cache() / "testbed",
-        progress=_phase,
-    )
+        where = build_family(
+            directory,
+            seed=seed,
+            size=size.value,
+            architecture=architecture.value,
+            cache=_cache() / "testbed",
+            progress=_phase,
+        )
     typer.echo(f"{where}/realign.yaml")
 
 
@@ -99,6 +100,27 @@ def _cache() -> Path:
     """Where things are kept that any run may use again."""
     given = os.environ.get("REALIGN_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "safety-realign"
+
+
+@contextmanager
+def _interruptible(remedy: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM (Kubernetes, systemd, `timeout`) end a command with a sentence and the exit code that shells give
+    such an end."""
+    received = [signal.SIGINT]
+
+    def terminate(_signal: int, _frame: object) -> None:
+        received.append(signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        word = "interrupted" if received[-1] is signal.SIGINT else "terminated"
+        sys.stderr.write(f"realign: {word}; {remedy}\n")
+        raise typer.Exit(128 + received[-1]) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -70,6 +72,7 @@ class RayRunner:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
+        on_terminate = signal.getsignal(signal.SIGTERM)
         ray.init(
             address="local",
             num_cpus=self.cpus,
@@ -79,6 +82,9 @@ class RayRunner:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+        if threading.current_thread() is threading.main_thread():
+            # Ray puts a handler of its own in place, which prints a C++ stack and aborts.
+            signal.signal(signal.SIGTERM, on_terminate)
         self._task = ray.remote(_run_json)
 
 

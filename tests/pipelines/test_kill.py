@@ -75,7 +75,8 @@ def test_killed_runs_end_as_an_unbroken_one(tmp_path: Path, kills: int, finetune
     assert leftovers == []
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_run_that_is_asked_to_end_says_how_to_go_on(tmp_path: Path, number: signal.Signals, word: str) -> None:
     config = write_config(tmp_path, small_config(tmp_path, finetunes=("hi",)))
     workspace = tmp_path / "workspace"
     with subprocess.Popen(
@@ -84,15 +85,16 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell starts what it puts into the background with the signal ignored, and children inherit that.
+        # A shell starts what it puts into the background with SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as driver:
         deadline = time.monotonic() + 120
         while not records(workspace) and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.killpg(driver.pid, signal.SIGINT)  # what a terminal does at Ctrl-C
+        os.kill(driver.pid, number)
         _, told = driver.communicate(timeout=60)
-    assert driver.returncode == 130
-    assert told.splitlines()[-1] == "realign: interrupted; the same command continues"
+    assert driver.returncode == 128 + number
+    assert told.splitlines()[-1] == f"realign: {word}; the same command continues"
     assert "Traceback" not in told
+    assert "***" not in told
     assert_nothing_half_made(workspace)
