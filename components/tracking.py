@@ -310,7 +310,8 @@ def _explained(uri: str) -> Iterator[None]:
     except SQLAlchemyError as error:
         first = str(error).splitlines()[0]
         raise TrackingError(
-            f"tracking at {uri} failed: {first}; a local database that is broken can be removed, the run is shown anew"
+            f"tracking at {uri} failed: {first}; free some space if the disk is full, and remove a local database that is "
+            "broken: the run is shown anew"
         ) from error
     except MlflowException as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__

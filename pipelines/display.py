@@ -42,14 +42,14 @@ class PlainLines:
         self._start = time.monotonic()
 
     def __call__(self, nodes: dict[str, NodeState]) -> None:
-        kept = 0
+        kept, skipped = 0, 0
         for name, state in nodes.items():
             if state.status == self._seen.get(name, "waiting"):
                 continue
             self._seen[name] = state.status
-            if state.status == "kept":
-                kept += 1
-            if state.status in ("kept", "running"):  # running may still mean queued: what has ended is what counts
+            kept += state.status == "kept"
+            skipped += state.status == "skipped"
+            if state.status in ("kept", "skipped", "running"):  # running may still mean queued: what has ended counts
                 continue
             detail = ""
             if state.status == "done" and state.record is not None:
@@ -58,7 +58,9 @@ class PlainLines:
                 detail = f": {state.error['message']}"
             self._line(f"{name} {state.status}{detail}")
         if kept:
-            self._line(f"{kept} results were there already")
+            self._line(f"{kept} {'result was' if kept == 1 else 'results were'} there already")
+        if skipped:
+            self._line(f"{skipped} {'step' if skipped == 1 else 'steps'} skipped: what they need failed")
 
     def _line(self, text: str) -> None:
         self._stream.write(f"[{time.monotonic() - self._start:6.1f} s] {text}\n")

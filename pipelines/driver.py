@@ -6,6 +6,8 @@ A finetune that fails never stops the others, and the summary is always written.
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -174,7 +176,12 @@ def _note(run: RunState) -> None:
         }
         for s in run.nodes.values()
     ]
-    content = {"run": run.config.name, "started": run.started.isoformat(timespec="seconds"), "nodes": nodes}
+    content = {
+        "run": run.config.name,
+        "started": run.started.isoformat(timespec="seconds"),
+        "driver": {"pid": os.getpid(), "host": socket.gethostname()},
+        "nodes": nodes,
+    }
     text = json.dumps(content, indent=1) + "\n"
     if text != run.noted:
         with storage_errors(run.workspace.root):

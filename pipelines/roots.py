@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from components.checkpoints.identity import identify
-from components.checkpoints.reference import open_checkpoint
+from components.checkpoints.reference import Checkpoint, open_checkpoint
 from components.errors import CheckpointError, DataError, RealignError
 from components.evaluation.prompts import load_prompt_set
 from components.masks import preferences
@@ -48,6 +48,7 @@ def find_roots(config: RunConfig, cache: Path) -> Roots:
         path, base, declared = paths[key]
         try:
             checkpoint = open_checkpoint(path, base=base, base_declared_equal=declared)
+            _require_room(checkpoint, config.evaluation.max_new_tokens)
             models[key] = identify(checkpoint, cache=cache).sha256
         except RealignError as error:
             errors[key] = error
@@ -58,6 +59,16 @@ def find_roots(config: RunConfig, cache: Path) -> Roots:
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(pool.map(one, paths))
     return Roots(models=models, errors=errors, files=_check_files(config))
+
+
+def _require_room(checkpoint: Checkpoint, max_new_tokens: int) -> None:
+    """How long prompts are, a tokenizer says later; answers that leave them no room at all are known now."""
+    positions = checkpoint.config.get("max_position_embeddings")
+    if isinstance(positions, int) and positions <= max_new_tokens:
+        raise CheckpointError(
+            f"{checkpoint.path} has {positions} positions and evaluation.max_new_tokens is {max_new_tokens}: "
+            "no prompt would fit; lower it"
+        )
 
 
 def _check_files(config: RunConfig) -> dict[str, str]:

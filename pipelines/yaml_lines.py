@@ -29,7 +29,9 @@ class LocatedYaml:
         except yaml.YAMLError as e:
             mark = getattr(e, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
-            raise ConfigError(f"{path}{line}: not YAML: {getattr(e, 'problem', None) or e}") from e
+            raise ConfigError(
+                f"{path}{line}: not YAML: {getattr(e, 'problem', None) or e}; look at the line before it too"
+            ) from e
         self.lines: dict[Location, int] = {}
         self._twice: list[str] = []
         if node is not None:

@@ -47,7 +47,7 @@ _STRUCTURE = (
 def compare(a: Checkpoint, b: Checkpoint) -> list[str]:
     """All differences that forbid mixing two models: architecture, config, tensors, shapes, tied weights, vocabulary.
 
-    Dtypes may differ. Each item is a phrase with both sides' values, `a` first; an empty list means compatible.
+    Dtypes may differ. Each item is what is so of `b` and not of `a`; an empty list means compatible.
     """
     return [
         *_compare_configs(a.config, b.config),
@@ -65,14 +65,14 @@ def compare_tensors(a: TensorSource, b: TensorSource) -> list[str]:
     problems += [f"tensor {n} is extra" for n in sorted(names_b - names_a - set(ties_a))]
     for alias in sorted((set(ties_a) & names_b) | (set(ties_b) & names_a)):
         one, other = ("tied", "separate") if alias in ties_a else ("separate", "tied")
-        problems.append(f"{alias} is {one} in the first and {other} in the second")
+        problems.append(f"{alias} is {other}, not {one}")
     for name in sorted(names_a & names_b):
         shape_a, shape_b = a.spec(name).shape, b.spec(name).shape
         if shape_a != shape_b:
-            problems.append(f"{name} is {list(shape_a)} in the first and {list(shape_b)} in the second")
+            problems.append(f"{name} is {list(shape_b)}, not {list(shape_a)}")
         is_float = (a.spec(name).dtype.is_floating_point, b.spec(name).dtype.is_floating_point)
         if is_float[0] != is_float[1]:
-            problems.append(f"{name} is {a.spec(name).dtype} in the first and {b.spec(name).dtype} in the second")
+            problems.append(f"{name} is {b.spec(name).dtype}, not {a.spec(name).dtype}")
     return problems
 
 
@@ -80,7 +80,10 @@ def require_compatible(a: Checkpoint, b: Checkpoint) -> None:
     """Raise CheckpointError with every difference of two models that are to be subtracted."""
     problems = compare(a, b)
     if problems:
-        raise CheckpointError(f"{b.path} does not fit {a.path} ({len(problems)} differences): {listed(problems, 12)}")
+        count = f"{len(problems)} difference{'s' if len(problems) > 1 else ''}"
+        raise CheckpointError(
+            f"{b.path} does not fit {a.path} ({count}): {listed(problems, 12)}; give the model that it was finetuned from"
+        )
 
 
 def check_finite(source: TensorSource, *, block: int = _BLOCK) -> list[str]:
@@ -113,7 +116,8 @@ def require_finite(checkpoint: Checkpoint) -> None:
     problems = check_finite(checkpoint.source)
     if problems:
         raise CheckpointError(
-            f"{checkpoint.path}: weights are not finite: {listed(problems)}; the run that made it diverged"
+            f"{checkpoint.path}: weights are not finite: {listed(problems)}; "
+            "the run that made it diverged: take an earlier checkpoint"
         )
 
 
@@ -128,7 +132,7 @@ def unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _compare_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [
-        f"config {key} is {json.dumps(a[key])} in the first and {json.dumps(b[key])} in the second"
+        f"config {key} is {json.dumps(b[key])}, not {json.dumps(a[key])}"
         for key in _STRUCTURE
         if key in a and key in b and a[key] != b[key]
     ]
@@ -156,7 +160,7 @@ def _vocabulary(directory: Path) -> dict[str, int]:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); copy it again") from error
     vocabulary = parsed.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # unigram models: [[token, score], …]
         vocabulary = {entry[0]: i for i, entry in enumerate(vocabulary)}

@@ -97,7 +97,7 @@ def _without_paths(path: Path) -> bytes:
     try:
         parsed = json.loads(path.read_bytes())
     except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); copy it again") from error
     if isinstance(parsed, dict):
         for key in _PATH_KEYS:
             parsed.pop(key, None)

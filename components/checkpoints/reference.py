@@ -112,7 +112,7 @@ def _check_base(path: Path, base: Checkpoint, declared_equal: bool) -> tuple[str
         return ()
     raise CheckpointError(
         f"{path}: the adapter was trained on {named}, not on {base.path}; "
-        "give that model as base, or declare the two equal (base_equal: true)"
+        "give that model as the aligned one, or, if the two are equal, say so (base_equal: true under the finetune)"
     )
 
 

@@ -142,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); copy it again") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path}: a JSON object was expected")
     return parsed
@@ -179,7 +179,7 @@ def _open_shards(directory: Path, weight_map: Mapping[str, str]) -> tuple[list[P
             problems.append(f"{INDEX_NAME} names {shard}, which is not a file of this directory")
         elif not (directory / shard).is_file():
             count = sum(1 for s in weight_map.values() if s == shard)
-            problems.append(f"missing shard {shard} ({count} tensors)")
+            problems.append(f"missing shard {shard} ({count} tensors): copy it again")
         else:
             try:
                 headers.append(read_header(directory / shard))
@@ -190,7 +190,9 @@ def _open_shards(directory: Path, weight_map: Mapping[str, str]) -> tuple[list[P
         shard = header.path.name
         absent = sorted(n for n, s in weight_map.items() if s == shard and n not in header.tensors)
         if absent:
-            problems.append(f"{INDEX_NAME} names tensors that {shard} does not have: {listed(absent)}")
+            problems.append(
+                f"{INDEX_NAME} names tensors that {shard} does not have: {listed(absent)}; save or copy both again"
+            )
         for name in sorted(header.tensors):
             if name in seen:
                 problems.append(f"tensor {name} is in both {seen[name]} and {shard}")

@@ -64,7 +64,10 @@ def evaluate_model(
     model.eval()
     outcomes: dict[str, list[Outcome]] = {}
     for one in asked:
-        answers = _answers(model, tokenizer, one, settings, judge, state_dir, batch_size, progress, keep_going)
+        try:
+            answers = _answers(model, tokenizer, one, settings, judge, state_dir, batch_size, progress, keep_going)
+        except EvaluationError as error:
+            raise EvaluationError(f"prompt set {one.name!r} ({one.path}): {error}") from error
         outcomes[one.name] = _judged(one, answers, judge)
         if out_dir is not None:
             write_answers(out_dir / "answers" / f"{one.name}.jsonl", outcomes[one.name])

@@ -197,7 +197,7 @@ def _prompts(rows: list[_Row], settings: SetSettings, path: Path) -> tuple[Promp
         if answer is not None and not isinstance(answer, str | int | float):
             problem = problem or f"the answer is a {type(answer).__name__}, not text"
         if answer is None and (settings.kind == "task" or settings.answer_column):
-            problem = problem or f"no {settings.answer_column or 'answer'!r}: what is the right answer?"
+            problem = problem or f"no {settings.answer_column or 'answer'!r}: add the right answer to the row"
         identity = str(row.fields.get(settings.id_column or "id", number))
         if problem:
             problems.append(f"{row.where}: {problem}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from io import StringIO
 
 from rich import box
@@ -15,7 +16,7 @@ from components.reporting.schema import RunSummary, shown_models
 
 def comparison_table(summary: RunSummary, *, width: int | None = None) -> Table:
     """A row per model: the aligned one, then each finetune before, realigned soft and binary (a star marks the selected
-    one) and its controls; a column per measurement. Failures stand in the caption, whole.
+    one) and its controls; a column per measurement.
 
     `width` is the terminal's, in characters: intervals are left out where they would not fit.
     """
@@ -33,9 +34,7 @@ def _build(summary: RunSummary, *, intervals: bool) -> Table:
     columns = shown_columns(summary)
     table = Table(
         title=escape(summary["run"]),
-        caption=_caption(summary, intervals=intervals),
         title_justify="left",
-        caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -53,10 +52,11 @@ def _build(summary: RunSummary, *, intervals: bool) -> Table:
 
 
 def comparison_text(summary: RunSummary) -> str:
-    """The table as plain text, as wide as it needs to be: for logs and files."""
+    """Table and caption as plain text, as wide as they need to be: for logs and files."""
     out = StringIO()
     Console(file=out, width=200, no_color=True, highlight=False).print(comparison_table(summary))
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n")) + "\n"
+    lines = [line.rstrip() for line in out.getvalue().rstrip().split("\n")]
+    return "\n".join([*lines, "", *comparison_caption(summary)]) + "\n"
 
 
 def _add(table: Table, row: Row, *, first: bool, intervals: bool) -> None:
@@ -70,11 +70,11 @@ def _add(table: Table, row: Row, *, first: bool, intervals: bool) -> None:
     table.add_row(name, escape(row.model) + star, *cells, kept, style="bold" if row.selected else None)
 
 
-def _caption(summary: RunSummary, *, intervals: bool) -> str:
-    head = "Percent (95 % interval)." if intervals else "Percent; intervals are in the report."
+def comparison_caption(summary: RunSummary) -> list[str]:
+    """What the columns mean, then every failure and note, each a line however long: paths in them can be copied."""
     failed = [f"{one['name']} failed: {one['error']}" for one in shown_models(summary) if one["status"] == "failed"]
     notes = [
         *summary.get("notes", []),
         *(f"{o['name']}: {n}" for o in shown_models(summary) for n in o.get("notes", [])),
     ]
-    return escape("\n".join([f"{head} {LEGEND} ★ selected.", *failed, *notes]))
+    return [*textwrap.wrap(f"Percent (95 % interval). {LEGEND} ★ selected.", 120), *failed, *notes]

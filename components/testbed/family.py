@@ -65,8 +65,11 @@ def build_from(
     built = cached_family(settings, seed=seed, cache=root, progress=progress)
     try:
         _publish(built, out)
-    except OSError as error:
-        raise StorageError(f"cannot write the testbed family at {out}: {error}") from error
+    except OSError as error:  # copytree collects what happened to each file: the first says it
+        first = error.args[0][0][2] if isinstance(error, shutil.Error) else str(error)
+        raise StorageError(
+            f"cannot write the testbed family at {out}: {first}; free some space or choose another directory"
+        ) from error
     if cache is None:
         shutil.rmtree(root)
     return out
@@ -105,12 +108,16 @@ def _publish(built: Path, out: Path) -> None:
     """Copy beside `out`, then rename: `out` is the old family or the new one, never half of either."""
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    shutil.rmtree(tmp, ignore_errors=True)
-    shutil.copytree(built, tmp)
-    if out.exists():
-        out.rename(old)
-    tmp.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        shutil.copytree(built, tmp)
+        if out.exists():
+            out.rename(old)
+        tmp.rename(out)
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for leftover in (tmp, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

@@ -357,7 +357,7 @@ def test_drafts_of_the_dead_are_removed(tmp_path: Path) -> None:
 
 def test_a_broken_database_is_said_with_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(TrackingError, match=r"mlflow\.db failed: .*can be removed"):
+    with pytest.raises(TrackingError, match=r"mlflow\.db failed: .*remove a local database that is broken"):
         Tracker(uri=None, experiment="broken", workspace=tmp_path)
 
 

@@ -61,7 +61,7 @@ def wrong_shape(d: Path) -> list[str]:
         tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
 
     edit(path, change)
-    return [f"{name} is {[rows, *rest]} in the first and {[rows + 1, *rest]} in the second"]
+    return [f"{name} is {[rows + 1, *rest]}, not {[rows, *rest]}"]
 
 
 def other_architecture(d: Path) -> list[str]:

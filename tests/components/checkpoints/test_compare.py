@@ -38,12 +38,12 @@ def test_every_difference_at_once(tmp_path: Path) -> None:
     rewrite(b / "model.safetensors", model__extra=torch.zeros(3))
     first, second = open_checkpoint(a), open_checkpoint(b)
     found = compare(first, second)
-    assert "config num_hidden_layers is 2 in the first and 1 in the second" in found
-    assert "config rms_norm_eps is 1e-06 in the first and 1e-05 in the second" in found
+    assert "config num_hidden_layers is 1, not 2" in found
+    assert "config rms_norm_eps is 1e-05, not 1e-06" in found
     assert "tensor model.extra is extra" in found
     missing = sorted(n for n in first.source.names() if ".layers.1." in n)
     assert [f for f in found if "is missing" in f] == [f"tensor {n} is missing" for n in missing]
-    assert "model.layers.0.mlp.up_proj.weight is [48, 32] in the first and [40, 32] in the second" in found
+    assert "model.layers.0.mlp.up_proj.weight is [40, 32], not [48, 32]" in found
     with pytest.raises(CheckpointError, match=rf"{b} does not fit {a} \({len(found)} differences\): .*\+\d+ more"):
         require_compatible(first, second)
 
@@ -52,9 +52,9 @@ def test_other_architecture_and_ties(tmp_path: Path) -> None:
     a = open_checkpoint(save(llama(0), tmp_path / "a"))
     b = open_checkpoint(save(qwen(0), tmp_path / "b"))
     found = compare(a, b)
-    assert 'config model_type is "llama" in the first and "qwen2" in the second' in found
-    assert 'config architectures is ["LlamaForCausalLM"] in the first and ["Qwen2ForCausalLM"] in the second' in found
-    assert "lm_head.weight is separate in the first and tied in the second" in found
+    assert 'config model_type is "qwen2", not "llama"' in found
+    assert 'config architectures is ["Qwen2ForCausalLM"], not ["LlamaForCausalLM"]' in found
+    assert "lm_head.weight is tied, not separate" in found
     assert "tensor model.layers.0.self_attn.q_proj.bias is extra" in found
 
 
