@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ class Lease:
             except FileNotFoundError:
                 self._lost.set()
                 return
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A lease as another process of the same attempt sees it: its holder started that process and keeps the heartbeat."""
+
+    path: Path
+    owner: str
+
+    def check(self) -> None:
+        """Raise LeaseLost when somebody else holds the lease now, or nobody."""
+        if _owner(self.path) != self.owner:
+            raise LeaseLost(f"{self.path} was taken over by another attempt")
 
 
 def acquire(path: Path, *, done: Callable[[], bool], poll_seconds: float = 0.2) -> Lease | None:

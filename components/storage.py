@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from components.errors import RealignError, StorageError, error_payload, listed
-from components.leases import Lease, acquire, holder_alive
+from components.leases import Claim, Lease, acquire, holder_alive
 from components.records import RECORD_FILE, Record
 
 PROGRESS_SECONDS = 0.5
@@ -38,7 +38,7 @@ class Attempt:
 
     out: Path
     state: Path
-    lease: Lease
+    lease: Lease | Claim
     _reported: float = 0.0
 
     def keep_going(self) -> None:

@@ -16,6 +16,7 @@ from components.errors import ConfigError
 from components.evaluation.settings import EvaluationSettings, SetSettings
 from components.masks.presets import resolve
 from components.masks.settings import MaskSettings
+from components.masks.zero import MaskExecution
 from pipelines.yaml_lines import LocatedYaml, Location
 
 NOT_BUILT = {
@@ -152,6 +153,8 @@ class ExecutionSection(Section):
     """CPUs that stages share; by default all of this machine."""
     batch_size: int = Field(default=256, ge=1)
     """Prompts generated together."""
+    mask: MaskExecution = MaskExecution()
+    """The processes that train a mask together, and what of it each of them keeps."""
 
 
 class RunConfig(Section):

@@ -81,7 +81,9 @@ def _train_mask(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneC
         "mask": settings.model_dump(mode="json"),
         **{role: roots.files[str(path)] for role, path in given.items()},
     }
-    return semantics, {"files": {role: str(path) for role, path in given.items()}}
+    mask = config.execution.mask
+    paths = {role: str(path) for role, path in given.items()}
+    return semantics, {"files": paths, "mask": mask.model_dump(mode="json"), "ranks": mask.ranks}
 
 
 def _sets(sets: Sequence[SetSettings], roots: Roots) -> Parts:

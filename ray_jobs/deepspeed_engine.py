@@ -16,7 +16,7 @@ import torch
 
 from components.checkpoints.loading import empty_causal_lm
 from components.checkpoints.source import TensorSource
-from components.masks.loading import build_masked_model
+from components.masks.loading import build_masked_model, checkpointed_layers
 from components.masks.objective import ONE, Forwards
 from components.masks.ranks import Alone, Ranks, TorchRanks
 from components.masks.settings import MaskSettings
@@ -104,13 +104,3 @@ def without_shared_memory_op() -> None:
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def checkpointed_layers(model: Any) -> list[torch.nn.Module]:
-    """The layers that keep only their input, once their `training` is set, and compute the rest again in backward. What is
-    inside them (dropout) is not told and stays as in evaluation; and they cannot answer meanwhile, for they keep no
-    key-value cache."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

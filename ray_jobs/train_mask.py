@@ -1,4 +1,4 @@
-"""Stage `train_mask`: the Concrete mask of one finetune, trained in this process."""
+"""Stage `train_mask`: the Concrete mask of one finetune, trained in this process or on ranks."""
 
 from __future__ import annotations
 
@@ -6,23 +6,36 @@ from pathlib import Path
 from typing import Any
 
 from components.errors import DataError
+from components.masks.artifact import MaskArtifact
 from components.masks.settings import MaskSettings
-from components.masks.training import train_mask
+from components.masks.training import EngineMaker, MaskResult, one_process, train_mask
+from components.masks.zero import MaskExecution
 from components.records import file_sha256
 from ray_jobs.models import checkpoint
 from ray_jobs.stage import Outcome, StageContext
 
-CHECKPOINT_SECONDS = 5.0
-
 
 def run(context: StageContext) -> Outcome:
-    """Writes `mask/`: the artifact and `metrics.jsonl` (a line per step). A killed attempt goes on at its last state and
-    ends with the same bytes."""
+    """Writes `mask/`: the artifact and `metrics.jsonl` (a line per step). A killed attempt goes on at its last state and, on
+    one rank, ends with the same bytes."""
+    execution = MaskExecution(**context.spec.execution.get("mask", {}))
+    if execution.ranks == 1:
+        seconds = train(context, one_process(execution)).seconds
+    else:
+        from ray_jobs.train_ranks import train_on_ranks
+
+        seconds = train_on_ranks(context, execution)
+    metrics = MaskArtifact.open(context.out / "mask").figures()
+    return Outcome(metrics={**metrics, "seconds": seconds}, notes=_notes(metrics["data"], _settings(context)))
+
+
+def train(context: StageContext, make_engine: EngineMaker) -> MaskResult:
+    """What every rank does."""
+    execution = MaskExecution(**context.spec.execution.get("mask", {}))
     aligned, finetune = checkpoint(context, "load_aligned"), checkpoint(context, "load")
-    settings = MaskSettings(**context.spec.semantics["mask"])
     files = {role: _same_file(context, role, Path(path)) for role, path in context.spec.execution["files"].items()}
-    result = train_mask(
-        settings=settings,
+    return train_mask(
+        settings=_settings(context),
         aligned_dir=aligned.model_dir,
         aligned=aligned.source,
         finetune=finetune.source,
@@ -32,13 +45,15 @@ def run(context: StageContext) -> Outcome:
         anchor=files.get("anchor"),
         state_dir=context.state,
         out_dir=context.out / "mask",
-        checkpoint_seconds=CHECKPOINT_SECONDS,
+        checkpoint_seconds=execution.checkpoint_seconds,
         progress=lambda event: _report(context, event),
         keep_going=context.attempt.keep_going,
+        make_engine=make_engine,
     )
-    return Outcome(
-        metrics={**result.metrics, "seconds": result.seconds}, notes=_notes(result.metrics["data"], settings)
-    )
+
+
+def _settings(context: StageContext) -> MaskSettings:
+    return MaskSettings(**context.spec.semantics["mask"])
 
 
 def _notes(counts: dict[str, int], settings: MaskSettings) -> list[str]:

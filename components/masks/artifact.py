@@ -218,6 +218,10 @@ class MaskArtifact:
         found = np.unpackbits(raw, bitorder="little")[start % 8 : start % 8 + stop - start]
         return torch.from_numpy(found.astype(np.bool_))
 
+    def figures(self) -> dict[str, Any]:
+        """What its training measured, and how much it keeps."""
+        return {**self.metadata["metrics"], **{key: self.metadata[key] for key in ("density", "soft_mean")}}
+
     def density(self, name: str) -> float:
         """Share of the tensor's elements that the binary mask keeps."""
         return self._statistic(name, "density")

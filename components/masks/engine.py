@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -122,8 +123,16 @@ class TorchEngine:
     """Adam on the logits that are here, alone or as one of several ranks. A step's rows go forward and backward in
     `accumulate` parts on each rank under the same sample: less memory for activations, the same step up to rounding."""
 
-    def __init__(self, masked: MaskedModel, *, accumulate: int = 1, forwards: Forwards | None = None) -> None:
-        self.masked, self.settings = masked, masked.settings
+    def __init__(
+        self,
+        masked: MaskedModel,
+        *,
+        accumulate: int = 1,
+        forwards: Forwards | None = None,
+        layers: Sequence[torch.nn.Module] = (),
+    ) -> None:
+        """`layers` are in training mode while a batch goes through the model, and only then."""
+        self.masked, self.settings, self._layers = masked, masked.settings, layers
         self.forwards = forwards or Forwards()
         self.ranks = self.forwards.ranks
         self._accumulate = accumulate
@@ -133,7 +142,8 @@ class TorchEngine:
     def step(self, batch: Batch) -> dict[str, float]:
         """See Engine."""
         self.masked.write_sample(batch.step)
-        metrics = self._backward(batch)
+        with _training(self._layers):
+            metrics = self._backward(batch)
         if not math.isfinite(metrics["loss"]):
             lines = listed([str(p.pair.line) for p in batch.pairs], 32)
             raise TrainingError(
@@ -244,3 +254,14 @@ class TorchEngine:
             second.mul_(s.adam_beta2).addcmul_(gradient, gradient, value=1 - s.adam_beta2)
             scale = second.sqrt().mul_(1 / math.sqrt(correct_2)).add_(s.adam_epsilon)
             pack.logits.addcdiv_(first, scale, value=-rate)
+
+
+@contextmanager
+def _training(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False

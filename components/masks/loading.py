@@ -97,3 +97,13 @@ def build_masked_model(
     if wrong:
         raise CheckpointError(f"{where}: the finetune does not fit the aligned model: {listed(wrong)}")
     return MaskedModel(model, slices, settings, unmasked=unmasked, **options)
+
+
+def checkpointed_layers(model: Any) -> list[torch.nn.Module]:
+    """The layers that keep only their input, once their `training` is set, and compute the rest again in backward. What is
+    inside them (dropout) is not told and stays as in evaluation; and they cannot answer meanwhile, for they keep no
+    key-value cache."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from components.masks.engine import Batch, TorchEngine
+from components.masks.engine import TorchEngine
 from components.masks.masked_model import MaskedModel
 from components.masks.objective import Forwards
 from components.masks.ranks import Ranks
@@ -118,7 +118,7 @@ class SplitParameter(ShardedParameter):
 
 class ShardedEngine(TorchEngine):
     """TorchEngine on one of several ranks: what differs is where gradients cross them. `release` is called when a batch's
-    share has gone through the model; `layers` are in training mode while it does, and only then."""
+    share has gone through the model."""
 
     def __init__(
         self,
@@ -130,17 +130,8 @@ class ShardedEngine(TorchEngine):
         release: Callable[[], None] | None = None,
         layers: Sequence[torch.nn.Module] = (),
     ) -> None:
-        super().__init__(masked, accumulate=accumulate, forwards=forwards)
-        self._homes, self._release, self._layers = homes, release, layers
-
-    def _backward(self, batch: Batch) -> dict[str, float]:
-        for layer in self._layers:
-            layer.training = True
-        try:
-            return super()._backward(batch)
-        finally:
-            for layer in self._layers:
-                layer.training = False
+        super().__init__(masked, accumulate=accumulate, forwards=forwards, layers=layers)
+        self._homes, self._release = homes, release
 
     def save(self, directory: Path) -> None:
         """See Engine. What every rank has whole, the first alone writes."""

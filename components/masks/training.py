@@ -18,7 +18,7 @@ from components.checkpoints.source import TensorSource
 from components.errors import DataError, StorageError
 from components.masks.artifact import MaskArtifact, write_artifact
 from components.masks.engine import Batch, TorchEngine
-from components.masks.loading import build_masked_model
+from components.masks.loading import build_masked_model, checkpointed_layers
 from components.masks.preferences import (
     Pair,
     Schedule,
@@ -30,6 +30,7 @@ from components.masks.preferences import (
 from components.masks.prepare import Prepared, prepare
 from components.masks.settings import MaskSettings
 from components.masks.state import SavedState
+from components.masks.zero import ZeroSettings
 
 DENSITY_EVERY = 10
 """Steps between density measurements in metrics.jsonl."""
@@ -50,11 +51,16 @@ EngineMaker = Callable[[Path, TensorSource, TensorSource, MaskSettings], TorchEn
 """(model directory, aligned, finetune, settings) -> an engine at the mask's start."""
 
 
-def one_process(model_dir: Path, aligned: TensorSource, finetune: TensorSource, settings: MaskSettings) -> TorchEngine:
-    """The engine of a process that has the whole model to itself."""
-    model = load_causal_lm(model_dir)
-    masked = build_masked_model(model=model, aligned=aligned, finetune=finetune, settings=settings, where=model_dir)
-    return TorchEngine(masked)
+def one_process(zero: ZeroSettings) -> EngineMaker:
+    """Makes the engine of a process that has the whole model to itself: of ZeRO, only what saves memory in one."""
+
+    def make(model_dir: Path, aligned: TensorSource, finetune: TensorSource, settings: MaskSettings) -> TorchEngine:
+        model = load_causal_lm(model_dir)
+        layers = checkpointed_layers(model) if zero.activation_checkpointing else []
+        masked = build_masked_model(model=model, aligned=aligned, finetune=finetune, settings=settings, where=model_dir)
+        return TorchEngine(masked, accumulate=zero.accumulate, layers=layers)
+
+    return make
 
 
 def train_mask(
@@ -72,7 +78,7 @@ def train_mask(
     checkpoint_seconds: float = 30.0,
     progress: Progress | None = None,
     keep_going: Callable[[], None] | None = None,
-    make_engine: EngineMaker = one_process,
+    make_engine: EngineMaker | None = None,
 ) -> MaskResult:
     """Train the mask of one finetune and write `mask.safetensors`, `mask.json` and `metrics.jsonl` into `out_dir`.
 
@@ -97,7 +103,7 @@ def train_mask(
         dev_pairs, dev_too_long = encode_pairs(tokenizer, held_out, settings.max_length, preferences_dev)
     use_anchor = anchor if settings.anchor_weight > 0 else None
     prompts = [] if use_anchor is None else [encode_prompt(tokenizer, p.prompt) for p in load_prompts(use_anchor)]
-    engine = make_engine(aligned_dir, aligned, finetune, settings)
+    engine = (make_engine or one_process(ZeroSettings()))(aligned_dir, aligned, finetune, settings)
     first = engine.ranks.rank == 0
     report = progress if progress and first else _say_nothing
     clock.lap("load")
@@ -117,7 +123,7 @@ def train_mask(
     engine.ranks.barrier()
     clock.lap("write")
     artifact = MaskArtifact.open(out_dir)
-    return MaskResult(artifact, artifact.metadata["metrics"] | _densities(artifact), clock.seconds)
+    return MaskResult(artifact, artifact.figures(), clock.seconds)
 
 
 def _say_nothing(_event: dict[str, Any]) -> None: ...
@@ -281,7 +287,3 @@ def _write(run: _Run, final: dict[str, dict[str, float]], unchanged: dict[str, i
             extra={"metrics": metrics},
         )
     (out_dir / "metrics.jsonl").write_text("".join(_lines(run.history)), encoding="utf-8")
-
-
-def _densities(artifact: MaskArtifact) -> dict[str, float]:
-    return {key: artifact.metadata[key] for key in ("density", "soft_mean")}
