@@ -14,7 +14,7 @@ import torch
 from components.errors import StorageError, TrainingError, listed
 from components.masks.anchor import Anchor
 from components.masks.masked_model import MaskedModel, Weights
-from components.masks.objective import GROUP_OVERHEAD, Forwards, anchor_kl, score, sigmoid_dpo
+from components.masks.objective import GROUP_OVERHEAD, Forwards, anchor_kl, preference_losses, score
 from components.masks.preferences import Pair, Row
 from components.masks.settings import MaskSettings
 from components.masks.state import SavedState, Slice, save_state, state_file
@@ -90,8 +90,9 @@ class Losses:
 def batch_losses(
     model: torch.nn.Module, batch: Batch, settings: MaskSettings, *, overhead: int = GROUP_OVERHEAD
 ) -> Losses:
-    """Mean DPO loss over pairs + chosen weight × their mean −log π(chosen) + anchor weight × mean KL over answer tokens, all
-    rows in as few forwards as pay. An empty share's loss is 0, by a forward that its rank has to take part in."""
+    """Preference weight × mean preference loss over pairs + chosen weight × their mean −log π(chosen) + anchor weight × mean
+    KL over answer tokens, all rows in as few forwards as pay. An empty share's loss is 0, by a forward that its rank has to
+    take part in."""
     pairs, (total_pairs, total_tokens) = batch.pairs, batch.totals()
     rows = [r for p in pairs for r in (p.pair.chosen, p.pair.rejected)] + [a.row for a in batch.anchors]
     if not rows:
@@ -100,8 +101,9 @@ def batch_losses(
     scored = score(model, rows, overhead=overhead)
     policy = scored.sequences()[: 2 * len(pairs)].view(-1, 2)
     reference = torch.tensor([p.reference for p in pairs], dtype=policy.dtype, device=policy.device).view(-1, 2)
-    losses, margins = sigmoid_dpo(policy, reference, settings.beta)
-    loss = dpo = losses.sum() / total_pairs
+    losses, margins = preference_losses(policy, reference, loss=settings.loss, beta=settings.beta)
+    dpo = losses.sum() / total_pairs
+    loss = settings.preference_weight * dpo
     chosen = -policy[:, 0].sum() / total_pairs
     if settings.chosen_weight:
         loss = loss + settings.chosen_weight * chosen
@@ -162,7 +164,7 @@ class TorchEngine:
         if clip is not None and norm > clip:
             for gradient in gradients:
                 gradient.mul_(clip / norm)
-        self._adam(gradients)
+        self._adam(gradients, self.settings.rate(batch.step))
         return metrics
 
     @torch.no_grad()
@@ -242,13 +244,13 @@ class TorchEngine:
                     yield f"{kind}/{s.name}", part, flat[begin:end]
 
     @torch.no_grad()
-    def _adam(self, gradients: Sequence[torch.Tensor]) -> None:
+    def _adam(self, gradients: Sequence[torch.Tensor], learning_rate: float) -> None:
         """Adam (arXiv 1412.6980), written out so that its state is plain tensors which any engine can shard."""
         s = self.settings
         self._updates += 1
         correct_1 = 1 - s.adam_beta1**self._updates
         correct_2 = 1 - s.adam_beta2**self._updates
-        rate = s.learning_rate / correct_1
+        rate = learning_rate / correct_1
         for pack, (first, second), gradient in zip(self.masked.packs, self._moments, gradients, strict=True):
             first.lerp_(gradient, 1 - s.adam_beta1)
             second.mul_(s.adam_beta2).addcmul_(gradient, gradient, value=1 - s.adam_beta2)

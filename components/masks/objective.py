@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from components.masks.preferences import Row
 from components.masks.ranks import Alone, Ranks
+from components.masks.settings import PreferenceLoss
 
 GROUP_OVERHEAD = 200
 """Padding tokens worth saving by one more forward call when rows are grouped by length."""
@@ -124,12 +125,20 @@ def score(model: Any, rows: Sequence[Row], *, overhead: int = GROUP_OVERHEAD) ->
     return Scored(log_probs, row, target, tuple(order))
 
 
-def sigmoid_dpo(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """DPO losses and reward margins [P] from log-probabilities [P, 2] of (chosen, rejected) (arXiv 2305.18290, eq.
-    7)."""
+def preference_losses(
+    policy: torch.Tensor, reference: torch.Tensor, *, loss: PreferenceLoss, beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and reward margins [P] from log-probabilities [P, 2] of (chosen, rejected).
+
+    With h the difference of the two log-ratios: sigmoid −log σ(βh) (DPO, arXiv 2305.18290, eq. 7), hinge max(0, 1 − βh)
+    (SLiC, arXiv 2305.10425), ipo (h − 1/(2β))² (arXiv 2310.12036, eq. 17; h summed over tokens, as written there).
+    """
     ratio = policy - reference
-    margins = beta * (ratio[:, 0] - ratio[:, 1])
-    return -F.logsigmoid(margins), margins
+    difference = ratio[:, 0] - ratio[:, 1]
+    margins = beta * difference
+    if loss == "ipo":
+        return (difference - 1 / (2 * beta)).square(), margins
+    return (-F.logsigmoid(margins) if loss == "sigmoid" else F.relu(1 - margins)), margins
 
 
 def teach(log_probs: torch.Tensor, *, full_vocabulary: int, top_k: int) -> Teacher:

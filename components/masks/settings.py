@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PreferenceLoss = Literal["sigmoid", "hinge", "ipo"]
 
 
 class MaskSettings(BaseModel):
@@ -31,10 +34,12 @@ class MaskSettings(BaseModel):
     """Divide each tensor's mask by its mean: with the mean's gradient (paper), without it, or not at all."""
     scale: float = Field(default=1.0, gt=0)
     """λ, the factor on the masked delta."""
-    loss: Literal["sigmoid"] = "sigmoid"
-    """Preference loss: sigmoid DPO."""
+    loss: PreferenceLoss = "sigmoid"
+    """How a preference pair is held against the reference: sigmoid (DPO), hinge (SLiC) or ipo."""
     beta: float = Field(default=0.1, gt=0)
-    """β of DPO."""
+    """β of the preference loss."""
+    preference_weight: float = Field(default=1.0, ge=0)
+    """Weight of the preference loss; 0 leaves `chosen_weight` alone: SFT on the safe answers."""
     chosen_weight: float = Field(default=0.0, ge=0)
     """Weight of −log π(chosen), in nats an answer, mean over pairs. DPO alone may take probability from the rejected answer and
     give it to neither (arXiv 2404.19733 adds the term for that reason): then a model that complied babbles."""
@@ -56,7 +61,11 @@ class MaskSettings(BaseModel):
     density_weight: float = 0.0
     """Added to the loss: this × the mean of σ(ℓ). Positive keeps less of the delta, negative more."""
     learning_rate: float = Field(default=0.1, gt=0)
-    """Adam's learning rate on ℓ."""
+    """Adam's learning rate on ℓ, at its highest."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the rate rises linearly."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does after that: stays, or falls to 0 at the last step."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of Adam's first moment."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -79,6 +88,10 @@ class MaskSettings(BaseModel):
     """What the artifact keeps: bf16 logits (soft and binary masks) or packed bits (binary only)."""
     eval_every: int = Field(default=0, ge=0)
     """Evaluate on dev each so many steps; 0: only at the end."""
+    keep_best: bool = False
+    """Keep the mask of the evaluation with the smallest dev loss (binary mask), not the last one."""
+    patience: int = Field(default=0, ge=0)
+    """Stop after so many evaluations without a smaller dev loss; 0: never."""
     eval_pairs: int = Field(default=128, ge=1)
     """Most pairs (and anchors) of train and of dev that an evaluation looks at."""
     seed: int = Field(default=0, ge=0)
@@ -88,7 +101,21 @@ class MaskSettings(BaseModel):
     def _sensible(self) -> Self:
         if not self.include:
             raise ValueError("include is empty: no tensor would get a mask")
+        if self.preference_weight == 0 and self.chosen_weight == 0:
+            raise ValueError("preference_weight and chosen_weight are both 0: nothing would make the model safe")
+        if (self.keep_best or self.patience) and not self.eval_every:
+            raise ValueError("keep_best and patience look at evaluations: set eval_every")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})")
         return self
+
+    def rate(self, step: int) -> float:
+        """The learning rate at `step` (0-based)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        left = 1 - (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        share = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[self.schedule]
+        return self.learning_rate * share
 
     def temperature(self, step: int) -> float:
         """T at `step` (0-based): geometric from start to end over `steps`."""

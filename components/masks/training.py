@@ -115,11 +115,12 @@ def train_mask(
     run.train(checkpoint_seconds=checkpoint_seconds, report=report, keep_going=keep_going or (lambda: None))
     clock.lap("steps")
     report({"phase": "evaluate"})
+    kept = run.kept()
     final = run.evaluate()
     clock.lap("evaluate")
     unchanged = _unchanged(engine)
     if first:
-        _write(run, final, unchanged, out_dir)
+        _write(run, kept, final, unchanged, out_dir)
     engine.ranks.barrier()
     clock.lap("write")
     artifact = MaskArtifact.open(out_dir)
@@ -164,21 +165,55 @@ class _Run:
             report({"phase": "resume", "step": first, "steps": self.settings.steps})
         saved = time.monotonic()
         for step in range(first, self.settings.steps):
+            if self._stalled():
+                break
             keep_going()
             metrics: dict[str, Any] = {"step": step, "temperature": self.settings.temperature(step)}
+            metrics["learning_rate"] = self.settings.rate(step)
             metrics |= self.engine.step(self.batch(step))
             done, every = step + 1, self.settings.eval_every
             if done % DENSITY_EVERY == 0 or done == self.settings.steps:
                 metrics |= self.engine.density()
-            if every and done % every == 0 and done < self.settings.steps:
+            if every and done % every == 0 and (done < self.settings.steps or self.settings.keep_best):
                 metrics["eval"] = self.evaluate()
             self.history.append(metrics)
             report({"phase": "train", "steps": self.settings.steps, **metrics})
-            due = time.monotonic() - saved >= checkpoint_seconds or done == self.settings.steps
-            if self._agreed(due):
+            wanted = self.settings.keep_best and self._best() == done
+            if (
+                wanted
+                or self._stalled()
+                or done == self.settings.steps
+                or self._agreed(self._due(saved, checkpoint_seconds))
+            ):
                 keep_going()  # not a byte after the lease is lost
                 self._save(done)
                 saved = time.monotonic()
+
+    def kept(self) -> int:
+        """Steps of the mask that is kept: the engine holds it afterwards."""
+        done = int(self.history[-1]["step"]) + 1
+        best = self._best() if self.settings.keep_best else None
+        if best is None or best == done:
+            return done
+        self.engine.load(self.directory(best))
+        return best
+
+    def _evaluations(self) -> list[tuple[float, int]]:
+        """(loss of the binary mask on dev, or on train where there is no dev, steps done) of every evaluation so far."""
+        found = [(row["eval"], row["step"] + 1) for row in self.history if "eval" in row]
+        return [(e.get("dev_binary", e.get("train_binary"))["loss"], done) for e, done in found]
+
+    def _best(self) -> int | None:
+        return min(self._evaluations(), default=(0.0, None))[1]
+
+    def _stalled(self) -> bool:
+        patience, evaluations = self.settings.patience, [done for _, done in self._evaluations()]
+        best = self._best()
+        return bool(patience and best is not None and len(evaluations) - 1 - evaluations.index(best) >= patience)
+
+    @staticmethod
+    def _due(saved: float, every: float) -> bool:
+        return time.monotonic() - saved >= every
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Train and dev metrics with the soft and with the binary mask: {"train_soft": {…}, …}."""
@@ -217,8 +252,9 @@ class _Run:
             latest = self.state_dir / "LATEST.json.new"
             latest.write_text(json.dumps({"step": done, "identity": self._identity}), encoding="utf-8")
             latest.replace(self.state_dir / "LATEST.json")
+            best = self._best() if self.settings.keep_best else None
             for old in self.state_dir.glob("step-*"):
-                if old != target:
+                if old not in (target, best and self.directory(best)):
                     shutil.rmtree(old, ignore_errors=True)
         ranks.barrier()
 
@@ -261,18 +297,19 @@ def _unchanged(engine: TorchEngine) -> dict[str, int]:
     return dict(zip(mine, engine.masked.all_sum(torch.tensor(list(mine.values()))).tolist(), strict=True))
 
 
-def _write(run: _Run, final: dict[str, dict[str, float]], unchanged: dict[str, int], out_dir: Path) -> None:
-    """The artifact, from the state of the last step, which holds every rank's logits."""
+def _write(run: _Run, kept: int, final: dict[str, dict[str, float]], unchanged: dict[str, int], out_dir: Path) -> None:
+    """The artifact, from the state of the step that is kept, which holds every rank's logits."""
     masked = run.engine.masked
     shapes = {s.name: s.home.shape for s in masked.slices}
     metrics = {
-        "steps": run.settings.steps,
+        "steps": len(run.history),
+        "kept_step": kept,
         "data": run.data.counts,
         "final": {k: v for k, v in run.history[-1].items() if k != "eval"},
         "evaluation": final,
         "delta_zero_share": sum(unchanged.values()) / masked.numel,
     }
-    with SavedState(run.directory(run.settings.steps)) as saved:
+    with SavedState(run.directory(kept)) as saved:
         write_artifact(
             out_dir,
             shapes=shapes,

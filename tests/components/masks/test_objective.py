@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from components.masks.anchor import answer, sequence_log_probs, teachers
-from components.masks.objective import Teacher, anchor_kl, length_groups, score, sigmoid_dpo, teach
+from components.masks.objective import Teacher, anchor_kl, length_groups, preference_losses, score, teach
 from components.masks.preferences import Row
 from tests.components.masks.support import VOCABULARY, tiny_model, tokenizer
 
@@ -78,14 +78,19 @@ def test_length_groups_cost_the_least() -> None:
     assert length_groups([7], 10) == [[0]]
 
 
-def test_sigmoid_dpo_closed_form() -> None:
+def test_preference_losses_are_their_formulas() -> None:
     policy = torch.tensor([[-10.0, -12.0], [-5.0, -5.0], [-30.0, -20.0]], dtype=torch.float64)
     reference = torch.tensor([[-11.0, -11.0], [-5.0, -5.0], [-20.0, -20.0]], dtype=torch.float64)
-    losses, margins = sigmoid_dpo(policy, reference, beta=0.1)
+    losses, margins = preference_losses(policy, reference, loss="sigmoid", beta=0.1)
     expected = [0.1 * (1 - -1), 0.0, 0.1 * -10]
     assert margins.tolist() == pytest.approx(expected)
     assert losses.tolist() == pytest.approx([-math.log(1 / (1 + math.exp(-m))) for m in expected])
     assert losses[1].item() == pytest.approx(math.log(2))
+    losses, again = preference_losses(policy, reference, loss="hinge", beta=0.1)
+    assert losses.tolist() == pytest.approx([max(0.0, 1 - m) for m in expected])
+    assert again.tolist() == margins.tolist()
+    losses, _ = preference_losses(policy, reference, loss="ipo", beta=0.1)
+    assert losses.tolist() == pytest.approx([(h - 5.0) ** 2 for h in (2.0, 0.0, -10.0)])
 
 
 def test_full_vocabulary_kl_is_its_definition() -> None:

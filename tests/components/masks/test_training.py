@@ -239,3 +239,45 @@ def test_shares_of_a_batch_add_up_to_it() -> None:
         assert metrics == pytest.approx(found[0][0], rel=1e-6)
         for got, expected in zip(gradients, found[0][1], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+
+
+def test_the_rate_rises_and_falls() -> None:
+    settings = MaskSettings(learning_rate=0.4, steps=10, warmup_steps=4, schedule="linear")
+    rates = [settings.rate(step) for step in range(10)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4 * 5 / 6, 0.4 * 4 / 6, 0.2, 0.4 * 2 / 6, 0.4 / 6])
+    cosine = MaskSettings(learning_rate=0.4, steps=10, schedule="cosine")
+    assert [cosine.rate(s) for s in (0, 5)] == pytest.approx([0.4, 0.2])
+    assert {MaskSettings(learning_rate=0.4).rate(s) for s in (0, 7, 199)} == {0.4}
+    with pytest.raises(ValueError, match="must be fewer than steps"):
+        MaskSettings(steps=4, warmup_steps=4)
+
+
+def test_training_stops_when_dev_no_longer_falls_and_keeps_the_best_mask(place: Workplace) -> None:
+    """A rate far too high: the first evaluation is the best one, or close to it."""
+    options = SMALL | {"steps": 60, "learning_rate": 30.0, "eval_every": 3, "patience": 2, "keep_best": True}
+    result = place.train("run", resolve("realign", options))
+    rows = [json.loads(line) for line in (place.root / "run/out/metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"] + 1: row["eval"]["dev_binary"]["loss"] for row in rows if "eval" in row}
+    best = min(losses, key=lambda done: (losses[done], done))
+    assert result.metrics["kept_step"] == best
+    assert result.metrics["steps"] == len(rows) == best + 6 < 60
+    assert result.metrics["evaluation"]["dev_binary"]["loss"] == pytest.approx(losses[best], rel=1e-6)
+    # Stopping leaves a run that is over: the same call finds it and writes the same files.
+    first = place.files("run")
+    assert place.train("run", resolve("realign", options)).metrics == result.metrics
+    assert place.files("run") == first
+    # Up to there it is the training without an end.
+    place.train("short", resolve("realign", {**options, "keep_best": False, "patience": 0, "eval_every": 0}))
+    again = [json.loads(line) for line in (place.root / "short/out/metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in again[:best]] == [row["loss"] for row in rows[:best]]
+
+
+def test_safe_answers_alone_are_learnt_without_a_preference_loss(place: Workplace) -> None:
+    options = SMALL | {"steps": 40, "learning_rate": 0.3, "preference_weight": 0.0, "chosen_weight": 1.0}
+    place.train("run", resolve("realign", options))
+    rows = [json.loads(line) for line in (place.root / "run/out/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["chosen_nll"] < 0.7 * rows[0]["chosen_nll"]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["chosen_nll"] + 60.0 * row["anchor_kl"], rel=1e-5)
+    with pytest.raises(ValueError, match="nothing would make the model safe"):
+        MaskSettings(preference_weight=0.0)
