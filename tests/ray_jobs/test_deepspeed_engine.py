@@ -18,7 +18,13 @@ from tests.ray_jobs.gloo import run_ranks
 
 pytestmark = pytest.mark.multiproc
 STEPS = 20
-SETTINGS = {"steps": STEPS, "batch_size": 5, "anchor_batch_size": 3, "anchor_new_tokens": 6, "learning_rate": 0.05}
+SETTINGS: dict[str, Any] = {
+    "steps": STEPS,
+    "batch_size": 5,
+    "anchor_batch_size": 3,
+    "anchor_new_tokens": 6,
+    "learning_rate": 0.05,
+}
 """Batches that do not come out even on 2 or 4 ranks."""
 
 
@@ -56,26 +62,28 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "mask/metrics.jsonl").read_text().splitlines()]
 
 
-def logits(run: Path) -> dict[str, torch.Tensor]:
-    found = {}
+def state_of(run: Path, kind: str) -> torch.Tensor:
+    """Logits or a moment of every tensor after the last step, one after the other."""
+    found = []
     with SavedState(run / f"state/step-{STEPS:08d}") as state:
-        for key, numel in state.numels().items():
-            if key.startswith("logits/"):
-                found[key] = torch.empty(numel)
-                state.read_into(key, 0, found[key])
-    return found
+        for key, numel in sorted(state.numels().items()):
+            if key.startswith(f"{kind}/"):
+                found.append(torch.empty(numel))
+                state.read_into(key, 0, found[-1])
+    return torch.cat(found)
 
 
 def assert_same_training(run: Path, reference: Path) -> None:
-    """Losses to 1e-4 of their size. Logits: Adam's first steps divide a gradient by its own size, so where that is rounding
-    alone the sign is anybody's; all but one in a thousand agree to 1e-3 of the distance travelled."""
-    expected = losses(reference)
-    assert losses(run) == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    ours, theirs = logits(run), logits(reference)
-    assert ours.keys() == theirs.keys()
-    got, want = (torch.cat([found[key] for key in sorted(found)]) for found in (ours, theirs))
-    travelled = SETTINGS["learning_rate"] * STEPS  # type: ignore[operator]
-    assert ((got - want).abs() > 1e-3 * travelled).float().mean() < 1e-3
+    """Losses to 1e-4 of their size. Logits: Adam divides a gradient by its own size, so where that is nothing but rounding (a
+    key's bias has none by softmax's nature) the direction is anybody's. Of the others all but one in two thousand agree to
+    1e-3 of the distance travelled."""
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-4, abs=1e-6)
+    got, want, size = state_of(run, "logits"), state_of(reference, "logits"), state_of(reference, "second").sqrt()
+    told = size > 1e-5 * size.max()
+    moved_elements = (want != 2.0).float().mean()
+    assert told.float().mean() > 0.9 * moved_elements > 0.5
+    travelled = float(SETTINGS["learning_rate"]) * STEPS
+    assert ((got - want)[told].abs() > 1e-3 * travelled).float().mean() < 5e-4
 
 
 def test_two_ranks_of_zero_3_train_the_mask_of_one_process(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from components.checkpoints.reference import open_checkpoint
 from components.checkpoints.source import read_whole
@@ -107,11 +108,8 @@ def test_killed_ranks_and_a_killed_driver_end_as_an_unbroken_run(tmp_path: Path)
 
 def test_what_a_user_must_mend_comes_back_as_it_was(tmp_path: Path) -> None:
     path = config_of(tmp_path, "bad", ranks=2, stage=1)
-    path.write_text(
-        path.read_text()
-        .replace("settings: {", "settings: {")
-        .replace("steps: 60", "steps: 60\n    include: ['no.such.*']")
-    )
-    done = run(path, tmp_path / "workspace")
+    config = yaml.safe_load(path.read_text())
+    config["mask"]["settings"]["include"] = ["no.such.*"]
+    done = run(write_config(path.parent, config), tmp_path / "workspace")
     assert done.returncode == 2
     assert "hi failed at train_mask: mask patterns that match no tensor: no.such.*" in done.stderr
