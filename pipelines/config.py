@@ -67,6 +67,8 @@ class FinetuneConfig(Section):
     """Declare that the base which an adapter names is the aligned model under another name."""
     anchor: DataFile | None = None
     """Unlabelled prompts (JSONL, chat `messages`) of what the finetune is used for; the mask is held to its answers there."""
+    mask_of: Name | None = None
+    """Another finetune of this run whose mask is used here too: nothing is trained for this one (the paper's transfer)."""
     sets: tuple[str, ...] = ()
     """Names of the task sets that measure this finetune's skill."""
 
@@ -194,8 +196,15 @@ class RunConfig(Section):
             problems.append(
                 f"{what} chooses on dev sets: give evaluation.sets one of kind harmful with split dev that counts"
             )
+        own = {f.name for f in self.finetunes if f.mask_of is None}
+        for finetune in self.finetunes:
+            if finetune.mask_of is not None and finetune.mask_of not in own:
+                problems.append(
+                    f"finetune {finetune.name}: mask_of names {finetune.mask_of}, which trains no mask of its own here "
+                    f"(those that do: {', '.join(sorted(own)) or 'none'})"
+                )
         mask = self.mask.resolved
-        bare = [f.name for f in self.finetunes if f.anchor is None]
+        bare = [f.name for f in self.finetunes if f.anchor is None and f.mask_of is None]
         if mask.anchor_weight > 0 and bare:
             problems.append(
                 f"finetunes without `anchor`: {', '.join(bare)}; give each a file of prompts, or set "
@@ -211,6 +220,10 @@ class RunConfig(Section):
     def general_sets(self) -> tuple[SetSettings, ...]:
         """Sets that every model is measured on."""
         return tuple(s for s in self.evaluation.sets if s.kind != "task")
+
+    def mask_owner(self, finetune: str) -> str:
+        """The finetune whose mask it takes: itself, unless it says otherwise."""
+        return next((f.mask_of for f in self.finetunes if f.name == finetune and f.mask_of is not None), finetune)
 
     def sets_of(self, finetune: FinetuneConfig | None) -> tuple[SetSettings, ...]:
         """Sets that a finetune is measured on; all of them for the aligned model (None)."""

@@ -28,6 +28,8 @@ Status = Literal["waiting", "running", "done", "kept", "failed", "skipped"]
 """kept: its record was there already. skipped: something it needs failed."""
 
 RUN_FILE = "run.json"
+MASK_STEPS = ("load", "train_mask")
+"""What a finetune stands on that takes another one's mask."""
 _POLL_SECONDS = 0.5
 
 
@@ -82,14 +84,19 @@ class RunState:
         """The first failure among a finetune's own steps, or among those it stands on. Controls do not count."""
         needed = [s for s in self.nodes.values() if not s.node.step.needs]
         own = [s for s in needed if s.node.finetune == finetune and s.error is not None]
-        shared = [s for s in needed if s.node.finetune is None and s.error and not s.node.joins]
+        owner = self.config.mask_owner(finetune)
+        lent = [s for s in needed if owner != finetune and s.node.finetune == owner and s.node.step.name in MASK_STEPS]
+        shared = [s for s in needed if s.node.finetune is None and not s.node.joins]
+        shared = [s for s in (*shared, *lent) if s.error is not None]
         blocked = any(s.status == "skipped" for s in needed if s.node.finetune == finetune)
         found = own or (shared if blocked else [])
         return found[0] if found else None
 
     def failed_controls(self, finetune: str) -> dict[str, NodeState]:
         """control -> what failed, of controls of a finetune (or what they stand on) that are missing for it."""
-        wanted = [s for s in self.nodes.values() if s.node.step.needs and s.node.finetune in (finetune, None)]
+        theirs = (finetune, self.config.mask_owner(finetune), None)
+        wanted = [s for s in self.nodes.values() if s.node.step.needs and s.node.finetune in theirs]
+        wanted = [s for s in wanted if s.node.finetune in (finetune, None) or s.node.step.stage == "train_mask"]
         return {s.node.step.needs: s for s in reversed(wanted) if s.error is not None}
 
 

@@ -95,12 +95,15 @@ def expand(config: RunConfig) -> list[Node]:
     nodes: list[Node] = []
     for step in steps.values():
         for finetune in names if step.scope == "finetune" else [None]:
+            if step.stage == "train_mask" and finetune is not None and config.mask_owner(finetune) != finetune:
+                continue
             parents: list[tuple[str, str]] = []
             for parent in step.parents:
                 if steps[parent].scope == "run":
                     parents.append((parent, parent))
                 elif finetune is not None:
-                    parents.append((parent, f"{finetune}/{parent}"))
+                    owner = config.mask_owner(finetune) if steps[parent].stage == "train_mask" else finetune
+                    parents.append((parent, f"{owner}/{parent}"))
                 else:
                     parents += [(f"{parent}:{name}", f"{name}/{parent}") for name in names]
             nodes.append(Node(step, finetune, tuple(parents)))

@@ -66,8 +66,10 @@ def _finetune(run: RunState, finetune: FinetuneConfig) -> FinetuneSummary:
 def _notes(run: RunState, name: str) -> list[str]:
     """What the finetune's stages have to say, each thing once, and which controls are missing."""
     records = [s.record for s in run.nodes.values() if s.node.finetune == name and s.record is not None]
+    owner = run.config.mask_owner(name)
+    lent = [f"the mask was trained on {owner}"] if owner != name else []
     missing = [f"control {control} is missing: {s.complaint}" for control, s in run.failed_controls(name).items()]
-    return list(dict.fromkeys([*(note for record in records for note in record.notes), *missing]))
+    return list(dict.fromkeys([*(note for record in records for note in record.notes), *lent, *missing]))
 
 
 def _rates(record: Record | None, split: str = "test") -> Rates | None:
@@ -101,7 +103,8 @@ def _selected(run: RunState, measured: dict[str, Record | None]) -> Any:
 
 
 def _add_statistics(run: RunState, entry: FinetuneSummary) -> None:
-    mask, delta = run.record(entry["name"], "train_mask"), run.record(entry["name"], "extract_delta")
+    owner = run.config.mask_owner(entry["name"])
+    mask, delta = run.record(owner, "train_mask"), run.record(entry["name"], "extract_delta")
     if mask:
         tensors = json.loads((run.result_dir(mask) / "mask" / "mask.json").read_text())["tensors"]
         entry["density"] = {

@@ -13,11 +13,11 @@ from pipelines.summary import failures, summarise
 from tests.pipelines.test_config import GOOD, place  # noqa: F401 - a fixture
 
 
-def state(place: Path, *failed: str) -> RunState:  # noqa: F811
+def state(place: Path, *failed: str, en: str = "") -> RunState:  # noqa: F811
     """A run of two finetunes in which these nodes failed, and nothing else has a record."""
-    two = GOOD.replace("mask:\n", "  - {name: en, path: en, anchor: anchor.jsonl}\nmask:\n", 1)
+    two = GOOD.replace("mask:\n", f"  - {{name: en, path: en, anchor: anchor.jsonl{en}}}\nmask:\n", 1)
     two = two.replace("mask:\n", "unaligned: aligned\nfusion: {controls: [paper, resta]}\nmask:\n", 1)
-    (place / "en").mkdir()
+    (place / "en").mkdir(exist_ok=True)
     (place / "realign.yaml").write_text(two)
     config = load_config(place / "realign.yaml")
     nodes = {node.id: NodeState(node) for node in expand(config)}
@@ -63,3 +63,11 @@ def test_what_fails_for_no_finetune_is_said_too(place: Path) -> None:  # noqa: F
     run = state(place, "compare_deltas")
     assert [f["status"] for f in summarise(run)["finetunes"]] == ["done", "done"]
     assert failures(run) == ["compare_deltas: it is broken"]
+
+
+def test_a_finetune_fails_with_the_mask_that_it_takes(place: Path) -> None:  # noqa: F811
+    run = state(place, "zh/train_mask", en=", mask_of: zh")
+    assert failures(run) == ["zh, en failed at train_mask: it is broken"]
+    assert summarise(run)["finetunes"][1]["notes"] == ["the mask was trained on zh"]
+    run = state(place, "zh/fuse_soft", en=", mask_of: zh")
+    assert failures(run) == ["zh failed at fuse_soft: it is broken"]

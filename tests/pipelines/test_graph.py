@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from components.errors import ConfigError
 from pipelines.config import load_config
 from pipelines.graph import STEPS, expand, steps_of
 from ray_jobs.stage import VERSIONS
@@ -45,3 +46,19 @@ def test_one_finetune_has_nothing_to_compare(place: Path) -> None:  # noqa: F811
     names = {step.name for step in steps_of(load_config(place / "realign.yaml"))}
     assert "compare_deltas" not in names
     assert {"train_mask_paper", "fuse_paper_soft", "evaluate_paper_binary"} <= names
+
+
+def test_a_finetune_can_take_another_ones_mask(place: Path) -> None:  # noqa: F811
+    (place / "en").mkdir()
+    two = GOOD.replace("mask:\n", "  - {name: en, path: en, mask_of: zh}\nfusion: {controls: [paper]}\nmask:\n", 1)
+    (place / "realign.yaml").write_text(two)
+    nodes = {node.id: node for node in expand(load_config(place / "realign.yaml"))}
+    assert "en/train_mask" not in nodes
+    assert "en/train_mask_paper" not in nodes
+    assert dict(nodes["en/fuse_soft"].parents)["train_mask"] == "zh/train_mask"
+    assert dict(nodes["en/fuse_soft"].parents)["load"] == "en/load"
+    assert dict(nodes["en/fuse_paper_soft"].parents)["train_mask_paper"] == "zh/train_mask_paper"
+    for wrong in ("en", "it"):
+        (place / "realign.yaml").write_text(two.replace("mask_of: zh", f"mask_of: {wrong}"))
+        with pytest.raises(ConfigError, match=f"mask_of names {wrong}, which trains no mask .* that do: zh"):
+            load_config(place / "realign.yaml")
