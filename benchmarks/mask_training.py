@@ -94,7 +94,7 @@ def _serve(way: str, tokens: int, quick: bool, threads: int, pipe: Connection) -
     from components.masks import training  # noqa: F401 - so is this
 
     torch.set_num_threads(threads)
-    before = _rss()
+    before = rss()
     config = _config(quick)
     step, parameters = {"ours": _ours, "official": _official, "plain": _plain}[way](config, _rows(tokens, config))
     pipe.send("ready")
@@ -105,7 +105,8 @@ def _serve(way: str, tokens: int, quick: bool, threads: int, pipe: Connection) -
     pipe.send({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, "parameters": parameters})
 
 
-def _rss() -> int:
+def rss() -> int:
+    """Resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -252,10 +252,12 @@ class TorchEngine:
         correct_2 = 1 - s.adam_beta2**self._updates
         rate = learning_rate / correct_1
         for pack, (first, second), gradient in zip(self.masked.packs, self._moments, gradients, strict=True):
-            first.lerp_(gradient, 1 - s.adam_beta1)
-            second.mul_(s.adam_beta2).addcmul_(gradient, gradient, value=1 - s.adam_beta2)
-            scale = second.sqrt().mul_(1 / math.sqrt(correct_2)).add_(s.adam_epsilon)
-            pack.logits.addcdiv_(first, scale, value=-rate)
+            for low, high in pack.pieces():
+                g, m, v = gradient[low:high], first[low:high], second[low:high]
+                m.lerp_(g, 1 - s.adam_beta1)
+                v.mul_(s.adam_beta2).addcmul_(g, g, value=1 - s.adam_beta2)
+                scale = v.sqrt().mul_(1 / math.sqrt(correct_2)).add_(s.adam_epsilon)
+                pack.logits[low:high].addcdiv_(m, scale, value=-rate)
 
 
 @contextmanager

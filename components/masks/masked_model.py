@@ -96,7 +96,7 @@ class MaskedModel:
 
     @torch.no_grad()
     def logit_gradients(self) -> list[torch.Tensor]:
-        """∂L/∂ℓ of each pack from the parameters' `.grad` after backward; takes the `.grad`s away."""
+        """∂L/∂ℓ of each pack from the gradients that backward left in the homes; takes those away."""
         assert self._sampled is not None, "write_sample comes first"
         step, temperature, means = self._sampled
         wanted, scale = self.settings.rescale, self.settings.scale
@@ -104,7 +104,8 @@ class MaskedModel:
         mean, mean_pull = means.tolist(), self._mean_pulls(slopes, step, temperature, means)
         gradients = []
         for p, slope in zip(self.packs, slopes, strict=True):
-            gradient = torch.empty_like(p.logits)
+            # In the place of ∂L/∂w, which is read for the last time here: one model's worth of memory less.
+            gradient = slope if slope.dtype == p.logits.dtype else torch.empty_like(p.logits)
             for low, high in p.pieces():
                 sample, pull = self._sample(p, low, high, step, temperature), _pull(p, slope, low, high)
                 # Without rescaling every slice has the same constants: one call for the whole piece.

@@ -121,8 +121,8 @@ class Pack:
         return self.logits.numel()
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """Ranges that are worked on at once, small enough for a core's cache."""
-        return blocks(self.numel, 2 * BLOCK)
+        """Ranges that are worked on at once: small enough for a core's cache, or large enough for a GPU's launches to pay."""
+        return blocks(self.numel, (2 if self.logits.device.type == "cpu" else 256) * BLOCK)
 
     def pair(self, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Both models' elements in the logits' dtype (fp32 as they are read: a narrow delta would lose weights)."""
