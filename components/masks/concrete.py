@@ -164,17 +164,21 @@ def interpolate_into(out: torch.Tensor, aligned: torch.Tensor, finetuned: torch.
         out.copy_(torch.lerp(aligned, finetuned, c))
 
 
+def sample_slope(sample: torch.Tensor) -> torch.Tensor:
+    """s (1 − s), written as s − s² so that one pass does it."""
+    return torch.addcmul(sample, sample, sample, value=-1.0)
+
+
 def logit_gradient(
-    pull: torch.Tensor, sample: torch.Tensor, *, temperature: float, scale: float, mean: float, mean_pull: float
+    pull: torch.Tensor, slope: torch.Tensor, *, temperature: float, scale: float, mean: float, mean_pull: float
 ) -> torch.Tensor:
-    """∂L/∂ℓ from G = (∂L/∂w)·δ (`pull`) and the relaxed sample s; `mean` is M, `mean_pull` is [Σ G h]/(N M²)
-    (0 unless the rescaling's gradient is wanted). Overwrites `pull` and gives it back."""
+    """∂L/∂ℓ from G = (∂L/∂w)·δ (`pull`) and the relaxed sample's s (1 − s) (`slope`); `mean` is M, `mean_pull` is
+    [Σ G h]/(N M²) (0 unless the rescaling's gradient is wanted). Overwrites `pull` and gives it back."""
     if mean <= 0:
         return pull.zero_()
     if mean != 1.0:
         pull.mul_(1.0 / mean)
     if mean_pull:
         pull.sub_(mean_pull)
-    # s(1 − s) is written as s − s² so that one pass does it.
-    pull.mul_(torch.addcmul(sample, sample, sample, value=-1.0))
+    pull.mul_(slope)
     return pull.mul_(_scalar_like(scale / temperature, pull))

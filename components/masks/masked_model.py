@@ -22,6 +22,7 @@ from components.masks.concrete import (
     interpolate_into,
     logistic_noise,
     logit_gradient,
+    sample_slope,
     soft_mask,
 )
 from components.masks.settings import MaskSettings
@@ -107,13 +108,17 @@ class MaskedModel:
             # In the place of ∂L/∂w, which is read for the last time here: one model's worth of memory less.
             gradient = slope if slope.dtype == p.logits.dtype else torch.empty_like(p.logits)
             for low, high in p.pieces():
-                sample, pull = self._sample(p, low, high, step, temperature), _pull(p, slope, low, high)
+                if wanted == "mean" and _scratch(p, slope):
+                    pull, bend = slope[low:high], p.weights[low:high]  # `_mean_pulls` left them there
+                else:
+                    bend = sample_slope(self._sample(p, low, high, step, temperature))
+                    pull = _pull(p, slope, low, high)
                 # Without rescaling every slice has the same constants: one call for the whole piece.
                 parts = [(p.first, 0, high - low)] if wanted == "none" else p.split(low, high)
                 for i, begin, end in parts:
                     gradient[low + begin : low + end] = logit_gradient(
                         pull[begin:end],
-                        sample[begin:end],
+                        bend[begin:end],
                         temperature=temperature,
                         scale=scale,
                         mean=mean[i],
@@ -179,7 +184,7 @@ class MaskedModel:
         mean = means.tolist()
         for p in self.packs:
             for low, high in p.pieces():
-                h = mask(p, low, high)
+                h = p.weights[low:high] if rescaled and _scratch(p, p.logits) else mask(p, low, high)
                 if rescaled:
                     parts = [coefficient(h[a:b], scale=scale, mean=mean[i]) for i, a, b in p.split(low, high)]
                     c = torch.cat(parts)
@@ -189,33 +194,44 @@ class MaskedModel:
         return means
 
     def _means(self, mask: Callable[[Pack, int, int], torch.Tensor]) -> torch.Tensor:
-        """M of each slice's whole tensor, [slices] fp64."""
+        """M of each slice's whole tensor, [slices] fp64. Leaves the mask where the weights go, if they are as wide."""
         sums = torch.zeros(len(self.slices), dtype=torch.float64)
         for p in self.packs:
             for low, high in p.pieces():
                 h = mask(p, low, high)
                 for i, begin, end in p.split(low, high):
                     sums[i] += h[begin:end].sum(dtype=torch.float64)
+                if _scratch(p, p.logits):
+                    p.weights[low:high].copy_(h)
         return self.all_sum(sums) / self._numels()
 
     def _mean_pulls(
         self, slopes: Sequence[torch.Tensor], step: int, temperature: float, means: torch.Tensor
     ) -> list[float]:
-        """[Σ G h]/(N M²) per slice where the rescaling's gradient is wanted, else 0."""
+        """[Σ G h]/(N M²) per slice where the rescaling's gradient is wanted, else 0. Where it is, G is left in the slopes and
+        s (1 − s) in the weights, which nobody reads before they are written again: the samples are not drawn a third time."""
         sums = torch.zeros(len(self.slices), dtype=torch.float64)
         if self.settings.rescale != "mean":
             return [0.0] * len(self.slices)
         for p, slope in zip(self.packs, slopes, strict=True):
             for low, high in p.pieces():
-                h = self._harden(self._sample(p, low, high, step, temperature))
-                product = _pull(p, slope, low, high).mul_(h)
+                sample, pull = self._sample(p, low, high, step, temperature), _pull(p, slope, low, high)
+                product = pull * self._harden(sample)
                 for i, begin, end in p.split(low, high):
                     sums[i] += product[begin:end].sum(dtype=torch.float64)
+                if _scratch(p, slope):
+                    slope[low:high].copy_(pull)
+                    p.weights[low:high].copy_(sample_slope(sample))
         found = self.all_sum(sums) / (self._numels() * means.square())
         return [value if mean > 0 else 0.0 for value, mean in zip(found.tolist(), means.tolist(), strict=True)]
 
     def _numels(self) -> torch.Tensor:
         return torch.tensor([s.numel for s in self.slices], dtype=torch.float64)
+
+
+def _scratch(p: Pack, slope: torch.Tensor) -> bool:
+    """Whether the weights' place can hold what is computed in the logits' dtype."""
+    return p.weights.dtype == p.logits.dtype == slope.dtype and p.weights.device == p.logits.device
 
 
 def _pull(p: Pack, slope: torch.Tensor, low: int, high: int) -> torch.Tensor:
