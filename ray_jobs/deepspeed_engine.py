@@ -90,7 +90,13 @@ def _model(model_dir: Path, zero: ZeroSettings, device: torch.device | str) -> t
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            # By default a layer stays gathered while fewer than 10⁹ parameters are: up to 1 B that is the whole model.
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+        },
     }
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = empty_causal_lm(model_dir)
