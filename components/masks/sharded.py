@@ -7,6 +7,7 @@ the finetuned weights, the logits and Adam's moments. What else is spread is ZeR
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class ReplicatedParameter(WholeParameter):
         """Every rank has written the same."""
 
 
-class ShardedParameter:
+class ShardedParameter(ABC):
     """What parameters spread over ranks have in common: which run is this rank's, and its gradient, in fp32."""
 
     def __init__(self, parameter: torch.nn.Parameter, shape: tuple[int, ...], ranks: Ranks, *, eager: bool) -> None:
@@ -51,9 +52,9 @@ class ShardedParameter:
             parameter.register_post_accumulate_grad_hook(self._scatter)  # type: ignore[no-untyped-call]
 
     @property
+    @abstractmethod
     def place(self) -> torch.Tensor:
         """This rank's run where the model reads it: 1-D, without padding."""
-        raise NotImplementedError
 
     def gradient(self) -> torch.Tensor | None:
         """See Home."""
