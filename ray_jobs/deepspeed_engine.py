@@ -18,7 +18,7 @@ from components.checkpoints.loading import empty_causal_lm
 from components.checkpoints.source import TensorSource
 from components.masks.loading import build_masked_model, checkpointed_layers
 from components.masks.objective import ONE, Forwards
-from components.masks.ranks import Alone, Ranks, TorchRanks
+from components.masks.ranks import ALONE, Ranks, TorchRanks
 from components.masks.settings import MaskSettings
 from components.masks.sharded import ReplicatedParameter, ShardedEngine, ShardedParameter, SplitParameter
 from components.masks.training import EngineMaker
@@ -64,7 +64,7 @@ def sharded(zero: ZeroSettings, *, device: torch.device | str = "cpu") -> Engine
             where=model_dir,
             home=home,
             published=publish,
-            all_sum=Alone().all_sum if zero.stage == 0 else ranks.all_sum,
+            all_sum=ALONE.all_sum if zero.stage == 0 else ranks.all_sum,
         )
         how = Forwards(ranks, ONE)
         return ShardedEngine(masked, homes, forwards=how, accumulate=zero.accumulate, release=release, layers=layers)

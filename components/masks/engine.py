@@ -1,4 +1,4 @@
-"""The mask-training engine: what one optimizer step is, whatever the hardware. `TorchEngine` is one process."""
+"""The mask-training engine: what one optimizer step is, alone or on one of several ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -53,30 +52,6 @@ class Batch:
     def share(self, index: int, shares: int) -> Batch:
         """One of `shares` parts: every `shares`-th pair and anchor from `index` on."""
         return Batch(self.step, self.pairs[index::shares], self.anchors[index::shares], self.totals())
-
-
-class Engine(Protocol):
-    """What the training loop sees (DESIGN.md)."""
-
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step; the metrics of its batch. Raises TrainingError when the loss is not finite."""
-        ...
-
-    def evaluate(self, batch: Batch, weights: Weights) -> dict[str, float]:
-        """The same metrics with fixed weights and no step."""
-        ...
-
-    def density(self) -> dict[str, float]:
-        """Share of elements that the soft and the binary mask keep."""
-        ...
-
-    def save(self, directory: Path) -> None:
-        """Write everything that `load` needs to go on exactly, as files in `directory`. Raises StorageError."""
-        ...
-
-    def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote, on however many ranks. Raises StorageError."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +117,7 @@ class TorchEngine:
         self._updates = 0
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """See Engine."""
+        """One optimizer step; the metrics of its batch. Raises TrainingError when the loss is not finite."""
         self.masked.write_sample(batch.step)
         with _training(self._layers):
             metrics = self._backward(batch)
@@ -169,7 +144,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, weights: Weights) -> dict[str, float]:
-        """See Engine."""
+        """The same metrics with fixed weights and no step."""
         self.masked.write(weights)
         rounds = -(-len(batch.pairs) // (EVALUATE_BATCH * self.ranks.world))
         return self._added(batch, [self._losses(part).metrics for part in self._shares(batch, rounds)])
@@ -203,17 +178,17 @@ class TorchEngine:
         return dict(zip(keys, self.ranks.all_sum(torch.tensor(mine, dtype=torch.float64)).tolist(), strict=True))
 
     def density(self) -> dict[str, float]:
-        """See Engine."""
+        """Share of elements that the soft and the binary mask keep."""
         soft, binary = self.masked.density()
         return {"density_soft": soft, "density_binary": binary}
 
     def save(self, directory: Path) -> None:
-        """See Engine."""
+        """Write everything that `load` needs to go on exactly, as files in `directory`. Raises StorageError."""
         path = state_file(directory, self.ranks.rank, self.ranks.world)
         save_state(path, {key: (part, values) for key, part, values in self._state()}, updates=self._updates)
 
     def load(self, directory: Path) -> None:
-        """See Engine."""
+        """Go on from what `save` wrote, on however many ranks. Raises StorageError."""
         mine = list(self._state())
         with SavedState(directory) as saved:
             there, expected = saved.numels(), {key: part.numel for key, part, _ in mine}
@@ -238,7 +213,7 @@ class TorchEngine:
     def _state(self) -> Iterator[tuple[str, Slice, torch.Tensor]]:
         """Logits and moments by tensor, as views: the files do not know of packs."""
         for pack, (first, second) in zip(self.masked.packs, self._moments, strict=True):
-            for s, (_, begin, end) in zip(pack.slices, pack.places(), strict=True):
+            for s, begin, end in pack.places():
                 part = Slice(s.home.start, s.home.stop, s.numel)
                 for kind, flat in (("logits", pack.logits), ("first", first), ("second", second)):
                     yield f"{kind}/{s.name}", part, flat[begin:end]

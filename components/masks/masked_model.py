@@ -25,6 +25,7 @@ from components.masks.concrete import (
     sample_slope,
     soft_mask,
 )
+from components.masks.ranks import ALONE
 from components.masks.settings import MaskSettings
 from components.masks.slices import MaskedSlice, Pack, UnmaskedSlice, pack
 
@@ -33,10 +34,6 @@ REMEMBER = 1 << 24
 
 Weights = Literal["aligned", "finetuned", "soft", "binary"]
 """What the parameters hold: mask 0, mask 1, the expected mask σ(ℓ), the mask ℓ > 0 (or a sample: `write_sample`)."""
-
-
-def _no_reduction(sums: torch.Tensor) -> torch.Tensor:
-    return sums
 
 
 def _nothing() -> None: ...
@@ -58,7 +55,7 @@ class MaskedModel:
         settings: MaskSettings,
         *,
         unmasked: Sequence[UnmaskedSlice] = (),
-        all_sum: Callable[[torch.Tensor], torch.Tensor] = _no_reduction,
+        all_sum: Callable[[torch.Tensor], torch.Tensor] = ALONE.all_sum,
         published: Callable[[], None] = _nothing,
         remember: int = REMEMBER,
     ) -> None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from components.masks.preferences import Row
-from components.masks.ranks import Alone, Ranks
+from components.masks.ranks import ALONE, Ranks
 from components.masks.settings import PreferenceLoss
 
 GROUP_OVERHEAD = 200
@@ -26,7 +26,7 @@ class Forwards:
     """How a model's forwards are made: by which ranks, and what one more is worth (see `length_groups`). Where a forward is a
     collective, every rank must make as many: one for each batch, padded as it is."""
 
-    ranks: Ranks = field(default_factory=Alone)
+    ranks: Ranks = ALONE
     overhead: int = GROUP_OVERHEAD
 
 

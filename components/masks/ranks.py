@@ -47,6 +47,9 @@ class Alone:
         """See Ranks."""
 
 
+ALONE = Alone()
+
+
 class TorchRanks:
     """The default process group of torch.distributed, which its owner has opened. `device` is where its backend works."""
 

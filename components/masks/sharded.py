@@ -135,7 +135,7 @@ class ShardedEngine(TorchEngine):
         self._homes, self._release = homes, release
 
     def save(self, directory: Path) -> None:
-        """See Engine. What every rank has whole, the first alone writes."""
+        """See TorchEngine. What every rank has whole, the first alone writes."""
         whole = any(isinstance(home, WholeParameter) for home in self._homes)
         if whole and self.ranks.rank:
             save_state(state_file(directory, self.ranks.rank, self.ranks.world), {}, updates=self._updates)

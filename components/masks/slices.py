@@ -131,31 +131,25 @@ class Pack:
 
     def split(self, low: int, high: int) -> Iterator[tuple[int, int, int]]:
         """(index among all slices, begin, end) of what [low, high) holds of each slice, counted from `low`."""
-        at = 0
-        for index, s in enumerate(self.slices, self.first):
-            size = s.size
-            begin, end = max(at, low), min(at + size, high)
+        for index, (_, first, last) in enumerate(self.places(), self.first):
+            begin, end = max(first, low), min(last, high)
             if begin < end:
                 yield index, begin - low, end - low
-            at += size
 
-    def places(self) -> Iterator[tuple[int, int, int]]:
-        """(index among all slices, begin, end) of every slice, those without an element too."""
+    def places(self) -> Iterator[tuple[MaskedSlice, int, int]]:
+        """Every slice with where it begins and ends here, those without an element too."""
         at = 0
-        for index, s in enumerate(self.slices, self.first):
-            yield index, at, at + s.size
+        for s in self.slices:
+            yield s, at, at + s.size
             at += s.size
 
     def segments(self, low: int, high: int) -> list[Segment]:
         """The positions that [low, high) holds, as noise is counted."""
         found: list[Segment] = []
-        at = 0
-        for s in self.slices:
-            size, start = s.size, s.home.start
-            begin, end = max(at, low), min(at + size, high)
+        for s, first, last in self.places():
+            begin, end = max(first, low) - first, min(last, high) - first
             if begin < end:
-                found.append((s.name, start + begin - at, start + end - at))
-            at += size
+                found.append((s.name, s.home.start + begin, s.home.start + end))
         return found
 
     def gradient(self) -> torch.Tensor:
