@@ -112,7 +112,7 @@ def _try(family: Path, job: Job) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         result = train_mask(
             settings=settings, aligned_dir=aligned.model_dir, aligned=aligned.source, finetune=tuned.source,
-            preferences=config.mask.preferences, anchor=finetune.anchor if settings.anchor_weight > 0 else None,
+            preferences=config.mask.preferences, anchors=[finetune.anchor] if settings.anchor_weight > 0 else [],
             state_dir=Path(scratch) / "state", out_dir=Path(scratch) / "mask",
         )  # fmt: skip
         model, tokenizer = load_model(config.aligned)
@@ -137,7 +137,7 @@ def _dev(config: RunConfig, finetune: FinetuneConfig, model: Any, tokenizer: Any
     from components.evaluation.evaluate import evaluate_model
     from components.evaluation.prompts import load_prompt_set
 
-    sets = [load_prompt_set(s) for s in config.sets_of(finetune) if s.split == "dev"]
+    sets = [load_prompt_set(s) for s in config.sets_of(finetune.name) if s.split == "dev"]
     rates: Any = evaluate_model(
         model=model, tokenizer=tokenizer, sets=sets, settings=config.evaluation, split="dev", batch_size=256
     ).rates

@@ -9,7 +9,7 @@ from typing import Any
 
 from components.leases import acquire
 from components.records import Record, canonical_json, fingerprint
-from components.reporting.schema import FinetuneSummary, RunSummary
+from components.reporting.schema import FinetuneSummary, RunSummary, shown_models
 from components.tracked import Point, TrackedRun, rate_metrics, read_series
 from components.tracking import EVALUATION_TAG, Tracker
 from pipelines.driver import RunState
@@ -35,7 +35,7 @@ def _track_and_register(run: RunState, summary: RunSummary) -> None:
     ids = tracker.project(_tracked(run, summary))
     if not tracking.register_models:
         return
-    for entry in summary["finetunes"]:
+    for entry in shown_models(summary):
         form = entry.get("selected")
         record = run.record(entry["name"], f"fuse_{form}") if form else None
         evaluated = run.record(entry["name"], f"evaluate_{form}") if form else None
@@ -79,8 +79,8 @@ def _tracked(run: RunState, summary: RunSummary) -> TrackedRun:
         semantics={"name": run.config.name},
         parents={state.node.id: state.record.fingerprint for state in run.nodes.values() if state.record},
     )
-    children = [_tracked_finetune(run, entry) for entry in summary["finetunes"]]
-    failed = any(entry["status"] == "failed" for entry in summary["finetunes"])
+    children = [_tracked_finetune(run, entry) for entry in shown_models(summary)]
+    failed = any(entry["status"] == "failed" for entry in shown_models(summary))
     return TrackedRun(
         name=run.config.name,
         fingerprint=identity,
@@ -134,6 +134,7 @@ def _params(run: RunState) -> dict[str, Any]:
         "fusion": config.fusion.model_dump(mode="json"),
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"sets"}),
         "finetunes": [f.name for f in config.finetunes],
+        **({"merges": [m.model_dump(mode="json") for m in config.merges]} if config.merges else {}),
     }
 
 

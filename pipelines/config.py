@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from components.errors import ConfigError
 from components.evaluation.settings import EvaluationSettings, SetSettings
+from components.fusion.merge_settings import MergeSettings
 from components.masks.presets import resolve
 from components.masks.settings import MaskSettings
 from components.masks.zero import MaskExecution
@@ -71,6 +72,14 @@ class FinetuneConfig(Section):
     """Another finetune of this run whose mask is used here too: nothing is trained for this one (the paper's transfer)."""
     sets: tuple[str, ...] = ()
     """Names of the task sets that measure this finetune's skill."""
+
+
+class MergeConfig(MergeSettings):
+    """One merge of several finetunes, realigned as one model."""
+
+    name: Name
+    of: tuple[Name, ...] = ()
+    """Names of the finetunes; all of them where none is named."""
 
 
 class MaskSection(Section):
@@ -167,7 +176,9 @@ class RunConfig(Section):
     unaligned: CheckpointDirectory | None = None
     """What the aligned model was made from; RESTA needs it."""
     finetunes: tuple[FinetuneConfig, ...]
-    mode: Literal["each"] = "each"
+    mode: Literal["each", "merge"] = "each"
+    """`each`: every finetune is realigned by itself; `merge`: what `merges` makes of them is, under one shared mask."""
+    merges: tuple[MergeConfig, ...] = ()
     mask: MaskSection
     fusion: FusionSection = FusionSection()
     evaluation: EvaluationSection
@@ -179,6 +190,7 @@ class RunConfig(Section):
         problems = [] if self.finetunes else ["finetunes is empty: name at least one"]
         names = [f.name for f in self.finetunes]
         problems += [f"finetunes with the same name: {n}" for n in sorted({n for n in names if names.count(n) > 1})]
+        problems += self._merge_problems(names)
         tasks = {s.name for s in self.evaluation.sets if s.kind == "task"}
         for finetune in self.finetunes:
             unknown = [s for s in finetune.sets if s not in tasks]
@@ -204,10 +216,11 @@ class RunConfig(Section):
                     f"(those that do: {', '.join(sorted(own)) or 'none'})"
                 )
         mask = self.mask.resolved
-        bare = [f.name for f in self.finetunes if f.anchor is None and f.mask_of is None]
+        trained = self.targets if self.mode == "merge" else tuple(sorted(own))
+        bare = [f.name for t in trained for f in self.members(t) if f.anchor is None]
         if mask.anchor_weight > 0 and bare:
             problems.append(
-                f"finetunes without `anchor`: {', '.join(bare)}; give each a file of prompts, or set "
+                f"finetunes without `anchor`: {', '.join(dict.fromkeys(bare))}; give each a file of prompts, or set "
                 "mask.settings.anchor_weight to 0"
             )
         if mask.storage == "bits":
@@ -216,20 +229,56 @@ class RunConfig(Section):
             raise ValueError("; ".join(problems))
         return self
 
+    def _merge_problems(self, finetunes: list[str]) -> list[str]:
+        """What is wrong with `mode` and `merges` together."""
+        if self.mode == "each":
+            return ["`merges` needs `mode: merge`"] if self.merges else []
+        problems = [] if self.merges else ["mode: merge needs `merges`, a list of {name, method, …}"]
+        problems += [f"finetune {f.name}: mask_of has no meaning in mode: merge" for f in self.finetunes if f.mask_of]
+        names = [*finetunes, *(m.name for m in self.merges)]
+        problems += [
+            f"merge {m.name} has the name of another merge or of a finetune"
+            for m in self.merges
+            if names.count(m.name) > 1
+        ]
+        for merge in self.merges:
+            members = [f.name for f in self.members(merge.name)]
+            unknown = [n for n in merge.of if n not in finetunes] + [n for n in merge.weights if n not in members]
+            if unknown:
+                problems.append(
+                    f"merge {merge.name} names finetunes that are not there: {', '.join(unknown)} "
+                    f"(there: {', '.join(merge.of or finetunes)})"
+                )
+            elif len(members) < 2:
+                problems.append(f"merge {merge.name} is of fewer than two finetunes")
+        return problems
+
     @property
-    def general_sets(self) -> tuple[SetSettings, ...]:
-        """Sets that every model is measured on."""
-        return tuple(s for s in self.evaluation.sets if s.kind != "task")
+    def targets(self) -> tuple[str, ...]:
+        """Names of what is realigned: finetunes, or merges of them."""
+        return tuple(t.name for t in (self.merges if self.mode == "merge" else self.finetunes))
 
-    def mask_owner(self, finetune: str) -> str:
+    def merge_named(self, name: str | None) -> MergeConfig | None:
+        """The merge of that name, None where it is a finetune's."""
+        return next((m for m in self.merges if m.name == name), None)
+
+    def members(self, name: str) -> tuple[FinetuneConfig, ...]:
+        """The finetunes that a target is made of: itself, or those that are merged, in the config's order."""
+        merge = self.merge_named(name)
+        if merge is None:
+            return tuple(f for f in self.finetunes if f.name == name)
+        return tuple(f for f in self.finetunes if not merge.of or f.name in merge.of)
+
+    def mask_owner(self, name: str) -> str:
         """The finetune whose mask it takes: itself, unless it says otherwise."""
-        return next((f.mask_of for f in self.finetunes if f.name == finetune and f.mask_of is not None), finetune)
+        return next((f.mask_of for f in self.finetunes if f.name == name and f.mask_of is not None), name)
 
-    def sets_of(self, finetune: FinetuneConfig | None) -> tuple[SetSettings, ...]:
-        """Sets that a finetune is measured on; all of them for the aligned model (None)."""
-        if finetune is None:
+    def sets_of(self, name: str | None) -> tuple[SetSettings, ...]:
+        """Sets that a finetune or merge is measured on; all of them for the aligned model (None)."""
+        if name is None:
             return self.evaluation.sets
-        return tuple(s for s in self.evaluation.sets if s.kind != "task" or s.name in finetune.sets)
+        own = {s for finetune in self.members(name) for s in finetune.sets}
+        return tuple(s for s in self.evaluation.sets if s.kind != "task" or s.name in own)
 
 
 def load_config(path: Path) -> RunConfig:
@@ -240,9 +289,7 @@ def load_config(path: Path) -> RunConfig:
         for key, what in NOT_BUILT.items()
         if key in document.data
     ]
-    if document.data.get("mode") == "merge":
-        problems.append((document.line(("mode",)), "mode: merge is not built in this version; use each"))
-    data = {k: v for k, v in document.data.items() if k not in NOT_BUILT and (k, v) != ("mode", "merge")}
+    data = {k: v for k, v in document.data.items() if k not in NOT_BUILT}
     try:
         config = RunConfig.model_validate(data, context={"base": path.resolve().parent})
     except ValidationError as e:
@@ -274,6 +321,7 @@ def _suggestion(location: Location) -> str:
             continue
         model = {
             "finetunes": FinetuneConfig,
+            "merges": MergeConfig,
             "mask": MaskSection,
             "fusion": FusionSection,
             "evaluation": EvaluationSection,

@@ -86,6 +86,8 @@ class RunState:
         own = [s for s in needed if s.node.finetune == finetune and s.error is not None]
         owner = self.config.mask_owner(finetune)
         lent = [s for s in needed if owner != finetune and s.node.finetune == owner and s.node.step.name in MASK_STEPS]
+        members = {f.name for f in self.config.members(finetune)} - {finetune}
+        lent += [s for s in needed if s.node.finetune in members and s.node.step.name == "load"]
         shared = [s for s in needed if s.node.finetune is None and not s.node.joins]
         shared = [s for s in (*shared, *lent) if s.error is not None]
         blocked = any(s.status == "skipped" for s in needed if s.node.finetune == finetune)
@@ -128,7 +130,8 @@ def _ready(nodes: dict[str, NodeState]) -> list[NodeState]:
 def _start(state: NodeState, run: RunState, runner: RayRunner) -> None:
     parents = {role: run.nodes[parent] for role, parent in state.node.parents}
     alive = {role: parent.record.reference for role, parent in parents.items() if parent.record is not None}
-    joining = {role for role in parents if ":" in role}
+    # A merge without one of its members would be another merge.
+    joining = {role for role in parents if ":" in role and state.node.finetune is None}
     missing = set(parents) - set(alive)
     if missing - joining or (joining and len(joining - missing) < 2):
         state.status = "skipped"

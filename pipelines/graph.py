@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +16,9 @@ class Step:
     name: str
     stage: str
     """The stage (`ray_jobs.<stage>`) or, for an action, the action's name."""
-    scope: Literal["run", "finetune"]
-    """Once per run, or once per finetune. A run-scope step with finetune-scope parents joins those that succeeded."""
+    scope: Literal["run", "finetune", "merge", "model", "target"]
+    """Once per run, for each finetune, each merge of finetunes, each of both, or each of those that are realigned. A run-scope
+    step with finetune-scope parents joins those that succeeded."""
     parents: tuple[str, ...]
     kind: Literal["stage", "action"] = "stage"
     """A stage is skipped when its record exists; an action is always executed."""
@@ -28,8 +30,8 @@ class Step:
 
 def _fused(variant: str, *parents: str, needs: str = "") -> tuple[Step, Step]:
     """Fuse a variant, then measure what was published."""
-    fuse = Step(f"fuse_{variant}", "fuse", "finetune", ("load_aligned", "load", *parents), variant=variant, needs=needs)
-    evaluate = Step(f"evaluate_{variant}", "evaluate", "finetune", (fuse.name,), variant=variant, needs=needs)
+    fuse = Step(f"fuse_{variant}", "fuse", "target", ("load_aligned", "load", *parents), variant=variant, needs=needs)
+    evaluate = Step(f"evaluate_{variant}", "evaluate", "target", (fuse.name,), variant=variant, needs=needs)
     return fuse, evaluate
 
 
@@ -37,17 +39,22 @@ STEPS: tuple[Step, ...] = (
     Step("load_aligned", "load", "run", ()),
     Step("load_unaligned", "load", "run", ("load_aligned",), needs="resta"),
     Step("load", "load", "finetune", ("load_aligned",)),
+    # What a merge's other steps know as their `load`.
+    Step("merge", "merge", "merge", ("load_aligned", "load")),
     # The long ones first: rows are submitted in this order.
-    Step("train_mask", "train_mask", "finetune", ("load_aligned", "load")),
-    Step("train_mask_paper", "train_mask", "finetune", ("load_aligned", "load"), variant="paper", needs="paper"),
-    Step("search_interpolation", "search_scale", "finetune", ("load_aligned", "load"), variant="interpolation",
+    Step("train_mask", "train_mask", "target", ("load_aligned", "load")),
+    Step("train_mask_paper", "train_mask", "target", ("load_aligned", "load"), variant="paper", needs="paper"),
+    Step("search_interpolation", "search_scale", "target", ("load_aligned", "load"), variant="interpolation",
          needs="interpolation"),
-    Step("search_resta", "search_scale", "finetune", ("load_aligned", "load", "load_unaligned"), variant="resta",
+    Step("search_resta", "search_scale", "target", ("load_aligned", "load", "load_unaligned"), variant="resta",
          needs="resta"),
-    Step("extract_delta", "extract_delta", "finetune", ("load_aligned", "load")),
+    Step("extract_delta", "extract_delta", "model", ("load_aligned", "load")),
     Step("compare_deltas", "compare_deltas", "run", ("load_aligned", "load")),
     Step("evaluate_aligned", "evaluate", "run", ("load_aligned",), variant="aligned"),
     Step("evaluate_before", "evaluate", "finetune", ("load_aligned", "load"), variant="before"),
+    # A merge without a mask is on nobody's disk yet.
+    Step("fuse_before", "fuse", "merge", ("load_aligned", "load"), variant="before"),
+    Step("evaluate_before", "evaluate", "merge", ("fuse_before",), variant="before"),
     *_fused("soft", "train_mask"),
     *_fused("binary", "train_mask"),
     *_fused("random_mask", "train_mask", needs="random_mask"),
@@ -55,7 +62,7 @@ STEPS: tuple[Step, ...] = (
     *_fused("resta", "load_unaligned", "search_resta", needs="resta"),
     *_fused("paper_soft", "train_mask_paper", needs="paper"),
     *_fused("paper_binary", "train_mask_paper", needs="paper"),
-    Step("register", "register", "finetune", ("fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary"), "action"),
+    Step("register", "register", "target", ("fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary"), "action"),
 )  # fmt: skip
 
 
@@ -66,16 +73,18 @@ def steps_of(config: RunConfig) -> list[Step]:
         for step in STEPS
         if (not step.needs or step.needs in config.fusion.controls)
         and (step.name != "compare_deltas" or len(config.finetunes) > 1)
+        and (step.scope != "merge" or config.merges)
         and (step.name != "register" or config.tracking.register_models)
     ]
 
 
 @dataclass(frozen=True)
 class Node:
-    """A step for one finetune, or once for the run."""
+    """A step for one finetune or merge, or once for the run."""
 
     step: Step
     finetune: str | None
+    """The finetune's or merge's name."""
     parents: tuple[tuple[str, str], ...]
     """(role, node id) pairs. A joining step has one for each finetune, with role `<step>:<finetune>`."""
 
@@ -89,22 +98,33 @@ class Node:
 
 
 def expand(config: RunConfig) -> list[Node]:
-    """One node per step and finetune, parents before children."""
-    steps = {step.name: step for step in steps_of(config)}
-    names = [finetune.name for finetune in config.finetunes]
+    """One node per step and model, parents before children."""
+    steps = steps_of(config)
+    finetunes, merges = [f.name for f in config.finetunes], [m.name for m in config.merges]
+    over: dict[str, Sequence[str | None]] = {
+        "run": [None],
+        "finetune": finetunes,
+        "merge": merges,
+        "model": [*finetunes, *merges],
+        "target": config.targets,
+    }
+    once = {step.name for step in steps if step.scope == "run"}
     nodes: list[Node] = []
-    for step in steps.values():
-        for finetune in names if step.scope == "finetune" else [None]:
-            if step.stage == "train_mask" and finetune is not None and config.mask_owner(finetune) != finetune:
+    for step in steps:
+        for name in over[step.scope]:
+            if step.stage == "train_mask" and name is not None and config.mask_owner(name) != name:
                 continue
-            parents: list[tuple[str, str]] = []
-            for parent in step.parents:
-                if steps[parent].scope == "run":
-                    parents.append((parent, parent))
-                elif finetune is not None:
-                    owner = config.mask_owner(finetune) if steps[parent].stage == "train_mask" else finetune
-                    parents.append((parent, f"{owner}/{parent}"))
-                else:
-                    parents += [(f"{parent}:{name}", f"{name}/{parent}") for name in names]
-            nodes.append(Node(step, finetune, tuple(parents)))
+            parents = [(p, p) if p in once else pair for p in step.parents for pair in _parents(p, step, name, config)]
+            nodes.append(Node(step, name, tuple(dict.fromkeys(parents))))
     return nodes
+
+
+def _parents(parent: str, step: Step, name: str | None, config: RunConfig) -> list[tuple[str, str]]:
+    """(role, node id) of what a step takes from the models' own steps."""
+    if name is None or step.stage == "merge":
+        members = config.finetunes if name is None else config.members(name)
+        return [(f"{parent}:{f.name}", f"{f.name}/{parent}") for f in members]
+    if parent == "load" and config.merge_named(name):
+        return [(parent, f"{name}/merge")]
+    owner = config.mask_owner(name) if parent.startswith("train_mask") else name
+    return [(parent, f"{owner}/{parent}")]

@@ -20,11 +20,10 @@ Parts = tuple[dict[str, Any], dict[str, Any]]
 
 def build_spec(node: Node, *, config: RunConfig, roots: Roots, parents: dict[str, str], workspace: Path) -> StageSpec:
     """The spec of a stage node. `parents` maps roles to `<stage>/<fingerprint>` of the parents that succeeded."""
-    finetune = next((f for f in config.finetunes if f.name == node.finetune), None)
-    semantics, execution = _BUILDERS[node.step.stage](node, config, roots, finetune)
+    semantics, execution = _BUILDERS[node.step.stage](node, config, roots)
     execution = {
         "threads": config.execution.threads,
-        "checkpoints": _checkpoints(config, finetune, parents),
+        "checkpoints": _checkpoints(config, node.finetune, parents),
         **execution,
     }
     return StageSpec(
@@ -36,53 +35,66 @@ def build_spec(node: Node, *, config: RunConfig, roots: Roots, parents: dict[str
     )
 
 
-def _checkpoints(
-    config: RunConfig, finetune: FinetuneConfig | None, parents: dict[str, str]
-) -> dict[str, dict[str, Any]]:
+def _checkpoints(config: RunConfig, name: str | None, parents: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Where the models lie that a stage reads, by role. Locations are execution: a moved model is the same model."""
     places: dict[str, dict[str, Any]] = {"load_aligned": {"path": str(config.aligned)}}
     if config.unaligned is not None:
         places["load_unaligned"] = {"path": str(config.unaligned)}
-    for other in config.finetunes:
-        role = "load" if other is finetune else f"load:{other.name}"
-        places[role] = {"path": str(other.path), "base": str(config.aligned), "base_equal": other.base_equal}
+    places |= {f"load:{other.name}": _place(config, other) for other in config.finetunes}
+    if name is not None:
+        members = {member.name: _place(config, member) for member in config.members(name)}
+        places["load"] = {"members": members} if config.merge_named(name) else members[name]
     return {role: place for role, place in places.items() if role in parents}
 
 
-def _load(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
-    if finetune is not None:
-        role, key = "finetune", f"finetune:{finetune.name}"
-        place = {"path": str(finetune.path), "base": str(config.aligned), "base_equal": finetune.base_equal}
-        semantics = {"role": role, "identity": roots.models[key], "base_equal": finetune.base_equal}
+def _place(config: RunConfig, finetune: FinetuneConfig) -> dict[str, Any]:
+    return {"path": str(finetune.path), "base": str(config.aligned), "base_equal": finetune.base_equal}
+
+
+def _load(node: Node, config: RunConfig, roots: Roots) -> Parts:
+    if node.finetune is not None:
+        [finetune] = config.members(node.finetune)
+        place = _place(config, finetune)
+        identity = roots.models[f"finetune:{finetune.name}"]
+        semantics = {"role": "finetune", "identity": identity, "base_equal": finetune.base_equal}
     else:
         role = UNALIGNED if node.step.name == "load_unaligned" else ALIGNED
         path = config.unaligned if role == UNALIGNED else config.aligned
         place = {"path": str(path)}
         semantics = {"role": role, "identity": roots.models[role]}
     checkpoints = {"self": place}
-    if role != ALIGNED:
+    if semantics["role"] != ALIGNED:
         checkpoints["load_aligned"] = {"path": str(config.aligned)}
     return semantics, {"checkpoints": checkpoints}
 
 
-def _nothing(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+def _merge(node: Node, config: RunConfig, roots: Roots) -> Parts:
+    merge = config.merge_named(node.finetune)
+    assert merge is not None
+    settings = merge.model_dump(mode="json", exclude={"name", "of"})
+    return {"merge": settings, "finetunes": [f.name for f in config.members(merge.name)]}, {}
+
+
+def _nothing(node: Node, config: RunConfig, roots: Roots) -> Parts:
     return {}, {}
 
 
-def _train_mask(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
-    assert finetune is not None
+def _train_mask(node: Node, config: RunConfig, roots: Roots) -> Parts:
+    assert node.finetune is not None
     # A control is trained as published: overrides are for the run's own mask.
     settings = resolve(node.step.variant, {}) if node.step.variant else config.mask.resolved
-    files = {"preferences": config.mask.preferences, "preferences_dev": config.mask.preferences_dev}
+    files = {"preferences": [config.mask.preferences]}
+    if config.mask.preferences_dev is not None:
+        files["preferences_dev"] = [config.mask.preferences_dev]
     if settings.anchor_weight > 0:
-        files["anchor"] = finetune.anchor
-    given = {role: path for role, path in files.items() if path is not None}
+        anchors = (finetune.anchor for finetune in config.members(node.finetune))
+        files["anchors"] = [path for path in anchors if path is not None]
     semantics = {
         "mask": settings.model_dump(mode="json"),
-        **{role: roots.files[str(path)] for role, path in given.items()},
+        **{role: [roots.files[str(path)] for path in paths] for role, paths in files.items()},
     }
     mask = config.execution.mask
-    paths = {role: str(path) for role, path in given.items()}
+    paths = {role: [str(path) for path in given] for role, given in files.items()}
     return semantics, {"files": paths, "mask": mask.model_dump(mode="json"), "ranks": mask.ranks}
 
 
@@ -95,9 +107,9 @@ def _sets(sets: Sequence[SetSettings], roots: Roots) -> Parts:
     return {"sets": semantics}, {"sets": [str(s.path) for s in sets]}
 
 
-def _search_scale(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+def _search_scale(node: Node, config: RunConfig, roots: Roots) -> Parts:
     semantics, execution = _sets(
-        [s for s in config.sets_of(finetune) if s.split == "dev" and s.kind in ("harmful", "task")], roots
+        [s for s in config.sets_of(node.finetune) if s.split == "dev" and s.kind in ("harmful", "task")], roots
     )
     semantics |= {
         "method": node.step.variant,
@@ -108,8 +120,10 @@ def _search_scale(node: Node, config: RunConfig, roots: Roots, finetune: Finetun
     return semantics, {**execution, "batch_size": config.execution.batch_size}
 
 
-def _fuse(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+def _fuse(node: Node, config: RunConfig, roots: Roots) -> Parts:
     variant = node.step.variant
+    if variant == "before":
+        return {"fusion": FusionSettings(method="interpolation", alpha=1.0).model_dump(mode="json")}, {}
     if variant in ("interpolation", "resta"):
         return {"fusion": {"method": variant}}, {}  # the stage takes the scale from its search
     mask = resolve("paper", {}) if variant.startswith("paper_") else config.mask.resolved
@@ -123,10 +137,10 @@ def _fuse(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig 
     return {"fusion": settings.model_dump(mode="json")}, {}
 
 
-def _evaluate(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+def _evaluate(node: Node, config: RunConfig, roots: Roots) -> Parts:
     # Dev sets choose between the two forms of the realigned model; all other variants are only reported.
     splits = ("dev", "test") if node.step.variant in ("soft", "binary") else ("test",)
-    semantics, execution = _sets([s for s in config.sets_of(finetune) if s.split in splits], roots)
+    semantics, execution = _sets([s for s in config.sets_of(node.finetune) if s.split in splits], roots)
     semantics["evaluation"] = _evaluation(config)
     return semantics, {**execution, "batch_size": config.execution.batch_size}
 
@@ -135,10 +149,11 @@ def _evaluation(config: RunConfig) -> dict[str, Any]:
     return config.evaluation.model_dump(mode="json", exclude={"sets"})
 
 
-_BUILDERS: dict[str, Callable[[Node, RunConfig, Roots, FinetuneConfig | None], Parts]] = {
+_BUILDERS: dict[str, Callable[[Node, RunConfig, Roots], Parts]] = {
     "load": _load,
     "extract_delta": _nothing,
     "compare_deltas": _nothing,
+    "merge": _merge,
     "train_mask": _train_mask,
     "search_scale": _search_scale,
     "fuse": _fuse,

@@ -12,7 +12,6 @@ from components.evaluation.settings import SetSettings
 from components.records import Record
 from components.reporting.schema import FinetuneSummary, Rates, RunSummary
 from components.storage import storage_errors, write_atomic
-from pipelines.config import FinetuneConfig
 from pipelines.driver import RunState
 
 _AFTER = ("soft", "binary")
@@ -32,15 +31,16 @@ def summarise(run: RunState) -> RunSummary:
         "run": run.config.name,
         "created": run.started.isoformat(timespec="seconds"),
         "aligned": _rates(aligned),
-        "finetunes": [_finetune(run, finetune) for finetune in run.config.finetunes],
+        "finetunes": [_model(run, finetune.name) for finetune in run.config.finetunes],
         "seconds": _seconds(run, None),
         "notes": notes,
     }
+    if run.config.merges:
+        summary["merged"] = [_model(run, merge.name) for merge in run.config.merges]
     return summary
 
 
-def _finetune(run: RunState, finetune: FinetuneConfig) -> FinetuneSummary:
-    name = finetune.name
+def _model(run: RunState, name: str) -> FinetuneSummary:
     failure = run.failure_of(name)
     entry: FinetuneSummary = {
         "name": name,
@@ -58,7 +58,7 @@ def _finetune(run: RunState, finetune: FinetuneConfig) -> FinetuneSummary:
     entry["selected"] = _selected(run, measured)
     entry["registry"] = None
     _add_statistics(run, entry)
-    _add_comparisons(run, finetune, entry, measured)
+    _add_comparisons(run, entry, measured)
     entry["notes"] = _notes(run, name)
     return entry
 
@@ -123,11 +123,9 @@ def _add_statistics(run: RunState, entry: FinetuneSummary) -> None:
             entry["delta"]["cosines"] = {o: c for o, c in found.items() if o != entry["name"] and c is not None}
 
 
-def _add_comparisons(
-    run: RunState, finetune: FinetuneConfig, entry: FinetuneSummary, measured: dict[str, Record | None]
-) -> None:
+def _add_comparisons(run: RunState, entry: FinetuneSummary, measured: dict[str, Record | None]) -> None:
     """Paired differences of both forms against what was before and every control, on the test prompts."""
-    sets = [s for s in run.config.sets_of(finetune) if s.split == "test"]
+    sets = [s for s in run.config.sets_of(entry["name"]) if s.split == "test"]
     answers = {v: _answers(run, record, sets) for v, record in measured.items() if record}
     confidence = run.config.evaluation.confidence
     entry["comparisons"] = {
@@ -153,7 +151,7 @@ def failures(run: RunState) -> list[str]:
     """One line for each cause: the finetunes that did not make it, controls that are missing, and what else failed."""
     causes: dict[str, list[str]] = {}
     told: set[str] = set()
-    for name in [finetune.name for finetune in run.config.finetunes]:
+    for name in [*(f.name for f in run.config.finetunes), *(m.name for m in run.config.merges)]:
         failure = run.failure_of(name)
         if failure is not None:
             causes.setdefault(f" failed at {failure.complaint}", []).append(name)

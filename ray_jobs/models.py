@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from components.checkpoints.reference import Checkpoint, open_checkpoint
+from components.fusion.merge_settings import MergeSettings
+from components.fusion.merging import MergedSource
 from ray_jobs.stage import StageContext
+
+MERGE_FILE = "merge.json"
 
 
 def checkpoint(context: StageContext, role: str) -> Checkpoint:
-    """Open the model that the spec places under `role`. Its identity was checked by the `load` stage."""
+    """Open the model that the spec places under `role`: a root, whose identity was checked by the `load` stage, or a merge of
+    several as the `merge` stage described it."""
     place: dict[str, Any] = context.spec.execution["checkpoints"][role]
+    if "members" not in place:
+        return _open(place)
+    directory = context.parent_dir(role)
+    described = json.loads((directory / MERGE_FILE).read_text())
+    aligned = checkpoint(context, "load_aligned")
+    members = {name: _open(place["members"][name]) for name in described["finetunes"]}
+    source = MergedSource(
+        aligned.source,
+        {name: member.source for name, member in members.items()},
+        MergeSettings(**described["settings"]),
+        described["thresholds"],
+    )
+    return Checkpoint(
+        path=directory,
+        kind="merge",
+        model_dir=aligned.model_dir,
+        tokenizer_dir=aligned.tokenizer_dir,
+        source=source,
+        config=aligned.config,
+        files=[],
+    )
+
+
+def _open(place: dict[str, Any]) -> Checkpoint:
     base = place.get("base")
     return open_checkpoint(
         Path(place["path"]),

@@ -29,6 +29,7 @@ VERSIONS: dict[str, int] = {
     "load": 1,
     "extract_delta": 1,
     "compare_deltas": 1,
+    "merge": 1,
     "train_mask": 1,
     "search_scale": 1,
     "fuse": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,17 @@ def train(context: StageContext, make_engine: EngineMaker) -> MaskResult:
     """What every rank does."""
     execution = MaskExecution(**context.spec.execution.get("mask", {}))
     aligned, finetune = checkpoint(context, "load_aligned"), checkpoint(context, "load")
-    files = {role: _same_file(context, role, Path(path)) for role, path in context.spec.execution["files"].items()}
+    files = {role: _same_files(context, role, paths) for role, paths in context.spec.execution["files"].items()}
+    [dev] = files.get("preferences_dev", [None])
     return train_mask(
         settings=_settings(context),
         aligned_dir=aligned.model_dir,
         aligned=aligned.source,
         finetune=finetune.source,
         tokenizer_dir=finetune.tokenizer_dir,
-        preferences=files["preferences"],
-        preferences_dev=files.get("preferences_dev"),
-        anchor=files.get("anchor"),
+        preferences=files["preferences"][0],
+        preferences_dev=dev,
+        anchors=files.get("anchors", []),
         state_dir=context.state,
         out_dir=context.out / "mask",
         checkpoint_seconds=execution.checkpoint_seconds,
@@ -66,10 +68,11 @@ def _notes(counts: dict[str, int], settings: MaskSettings) -> list[str]:
     ]
 
 
-def _same_file(context: StageContext, role: str, path: Path) -> Path:
-    if file_sha256(path) != context.spec.semantics[role]:
-        raise DataError(f"{path} has changed since this run began; run again")
-    return path
+def _same_files(context: StageContext, role: str, paths: Sequence[str]) -> list[Path]:
+    for path, sha256 in zip(paths, context.spec.semantics[role], strict=True):
+        if file_sha256(Path(path)) != sha256:
+            raise DataError(f"{path} has changed since this run began; run again")
+    return [Path(path) for path in paths]
 
 
 def _report(context: StageContext, event: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ class Checkpoint:
     """A model that later stages can read, whatever its kind."""
 
     path: Path
-    kind: Literal["full", "adapter"]
+    kind: Literal["full", "adapter", "merge"]
     model_dir: Path
     """Holds config.json: the checkpoint itself, or an adapter's base."""
     tokenizer_dir: Path

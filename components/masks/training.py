@@ -72,7 +72,7 @@ def train_mask(
     tokenizer_dir: Path | None = None,
     preferences: Path,
     preferences_dev: Path | None = None,
-    anchor: Path | None = None,
+    anchors: Sequence[Path] = (),
     state_dir: Path,
     out_dir: Path,
     checkpoint_seconds: float = 30.0,
@@ -90,10 +90,8 @@ def train_mask(
     the first writes. Raises DataError, CheckpointError, ConfigError, TrainingError.
     """
     clock = _Clock()
-    if settings.anchor_weight > 0 and anchor is None:
-        raise DataError(
-            "mask.anchor_weight is above 0 but the finetune has no anchor file; give one, or set the weight to 0"
-        )
+    if settings.anchor_weight > 0 and not anchors:
+        raise DataError("mask.anchor_weight is above 0 but there is no anchor file; give one, or set the weight to 0")
     tokenizer = load_tokenizer(tokenizer_dir or aligned_dir)
     rows = load_preferences(preferences)
     pairs, too_long = encode_pairs(tokenizer, rows, settings.max_length, preferences)
@@ -101,8 +99,8 @@ def train_mask(
     if preferences_dev is not None:
         held_out = load_preferences(preferences_dev)
         dev_pairs, dev_too_long = encode_pairs(tokenizer, held_out, settings.max_length, preferences_dev)
-    use_anchor = anchor if settings.anchor_weight > 0 else None
-    prompts = [] if use_anchor is None else [encode_prompt(tokenizer, p.prompt) for p in load_prompts(use_anchor)]
+    used = anchors if settings.anchor_weight > 0 else ()
+    prompts = [encode_prompt(tokenizer, p.prompt) for path in used for p in load_prompts(path)]
     engine = (make_engine or one_process(ZeroSettings()))(aligned_dir, aligned, finetune, settings)
     first = engine.ranks.rank == 0
     report = progress if progress and first else _say_nothing

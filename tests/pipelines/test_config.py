@@ -50,7 +50,7 @@ def test_a_good_config_has_absolute_paths_and_defaults(place: Path) -> None:
     assert config.aligned == place / "aligned"
     assert config.evaluation.sets[0].path == place / "harmful.jsonl"
     assert config.mask.resolved.temperature_end < config.mask.resolved.temperature_start
-    assert [s.name for s in config.sets_of(config.finetunes[0])] == ["harmful", "harmful", "zh"]
+    assert [s.name for s in config.sets_of(config.finetunes[0].name)] == ["harmful", "harmful", "zh"]
     assert config.tracking.register_models is True
 
 
@@ -75,7 +75,7 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
         (("mask:\n", "mask:\n  preset: papr\n"), 9, "'realign' or 'paper'"),
         (("mask:\n", "mask:\n  settings: {stepz: 3, steps: -1}\n"), 8, "mask.stepz"),
         (("mask:\n", "landscape: {points: 21}\nmask:\n"), 8, "landscape: the safety landscape is not built"),
-        (("mask:\n", "mode: merge\nmask:\n"), 8, "mode: merge is not built"),
+        (("mask:\n", "mode: merge\nmask:\n"), 1, "mode: merge needs `merges`"),
         (("sets: [zh]", "sets: [zz]"), 1, r"names task sets that are not there: ['zz'] (there: zh)"),
         (("mask:\n", "fusion: {controls: [resta]}\nmask:\n"), 1, "resta needs `unaligned`"),
         (("kind: harmful, split: dev", "kind: benign, split: dev"), 1, "chooses on dev sets"),

@@ -62,7 +62,7 @@ def train(place: Path, *, run: str, zero: dict[str, Any], settings: dict[str, An
             aligned=open_checkpoint(place / "aligned").source,
             finetune=open_checkpoint(place / "finetune").source,
             preferences=place / "preferences.jsonl",
-            anchor=place / "anchors.jsonl",
+            anchors=[place / "anchors.jsonl"],
             state_dir=place / run / "state",
             out_dir=place / run / "mask",
             checkpoint_seconds=0.0,

@@ -51,7 +51,7 @@ def alone(place: Path, preset: str) -> Path:
         aligned=open_checkpoint(place / "aligned").source,
         finetune=open_checkpoint(place / "finetune").source,
         preferences=place / "preferences.jsonl",
-        anchor=place / "anchors.jsonl",
+        anchors=[place / "anchors.jsonl"],
         state_dir=run / "state",
         out_dir=run / "mask",
     )

@@ -39,7 +39,7 @@ class Workplace:
             "finetune": source(self.finetune),
             "preferences": self.preferences,
             "preferences_dev": self.dev,
-            "anchor": self.anchor,
+            "anchors": [self.anchor],
             "state_dir": self.root / name / "state",
             "out_dir": self.root / name / "out",
         }
@@ -160,9 +160,9 @@ def test_state_that_does_not_fit_or_cannot_be_read_is_not_gone_on_with(place: Wo
 
 
 def test_the_anchor_needs_prompts(place: Workplace) -> None:
-    with pytest.raises(DataError, match="has no anchor file"):
-        place.train("run", resolve("realign", SMALL), anchor=None)
-    place.train("run", resolve("paper", SMALL), anchor=None)
+    with pytest.raises(DataError, match="there is no anchor file"):
+        place.train("run", resolve("realign", SMALL), anchors=[])
+    place.train("run", resolve("paper", SMALL), anchors=[])
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows() -> None:

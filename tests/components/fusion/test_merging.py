@@ -1,0 +1,202 @@
+"""Merges of task vectors against their formulas written out, and what a shared mask does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from components.checkpoints.source import TensorSpec
+from components.errors import CheckpointError
+from components.fusion.merge_settings import MergeSettings
+from components.fusion.merging import BLOCK, MergedSource, dropped, find_thresholds, ties, weighted_sum
+from components.fusion.thresholds import kth_largest_magnitude
+
+NAMES = ("zh", "code", "math")
+
+
+class Plain:
+    """Tensors in memory as a TensorSource."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    def names(self) -> list[str]:
+        return sorted(self.tensors)
+
+    def aliases(self) -> Mapping[str, str]:
+        return {}
+
+    def spec(self, name: str) -> TensorSpec:
+        return TensorSpec(self.tensors[name].dtype, tuple(self.tensors[name].shape))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return self.tensors[name].reshape(-1)[start:stop]
+
+
+def family(dtype: torch.dtype = torch.float32) -> tuple[Plain, dict[str, Plain]]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"big": (3, BLOCK // 2 + 5), "small": (7,)}
+    aligned = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    finetunes = {
+        one: Plain(
+            {n: (a.float() + 0.1 * torch.randn(a.shape, generator=generator)).to(dtype) for n, a in aligned.items()}
+        )
+        for one in NAMES
+    }
+    return Plain(aligned), finetunes
+
+
+def deltas_of(aligned: Plain, finetunes: Mapping[str, Plain], name: str) -> np.ndarray:
+    """[T, N] in fp64."""
+    base = aligned.tensors[name].double().reshape(-1)
+    return np.stack([(f.tensors[name].double().reshape(-1) - base).numpy() for f in finetunes.values()])
+
+
+def literal_ties(deltas: np.ndarray, keep: float, *, mean: bool) -> np.ndarray:
+    """As in the paper, a whole tensor at a time."""
+    trimmed = deltas.copy()
+    for row in trimmed:
+        k = max(1, round(keep * row.size))
+        row[np.abs(row) < np.sort(np.abs(row))[-k]] = 0
+    elected = np.sign(trimmed.sum(axis=0))
+    agree = (np.sign(trimmed) == elected) & (trimmed != 0)
+    total = (trimmed * agree).sum(axis=0)
+    return total / np.maximum(agree.sum(axis=0), 1) if mean else total
+
+
+def merged(settings: MergeSettings, aligned: Plain, finetunes: Mapping[str, Plain]) -> MergedSource:
+    thresholds = find_thresholds(aligned, finetunes, settings) if settings.method == "ties" else None
+    return MergedSource(aligned, finetunes, settings, thresholds)
+
+
+@pytest.mark.parametrize("name", ["big", "small"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_and_task_arithmetic_are_their_formulas(name: str, dtype: torch.dtype) -> None:
+    aligned, finetunes = family(dtype)
+    base, deltas = aligned.tensors[name].double().reshape(-1).numpy(), deltas_of(aligned, finetunes, name)
+    average = merged(MergeSettings(method="average"), aligned, finetunes).read(name)
+    np.testing.assert_allclose(average.numpy(), base + deltas.mean(axis=0), rtol=0, atol=1e-6)
+    settings = MergeSettings(method="task_arithmetic", scale=0.4, weights={"code": 2.0})
+    summed = merged(settings, aligned, finetunes).read(name)
+    np.testing.assert_allclose(summed.numpy(), base + 0.4 * (deltas[0] + 2 * deltas[1] + deltas[2]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["big", "small"])
+def test_ties_is_its_formula(name: str, aggregate: str) -> None:
+    aligned, finetunes = family()
+    settings = MergeSettings(method="ties", scale=0.7, density=0.3, aggregate=aggregate)  # type: ignore[arg-type]
+    want = literal_ties(deltas_of(aligned, finetunes, name), 0.3, mean=aggregate == "mean")
+    got = merged(settings, aligned, finetunes).read(name).double().numpy()
+    base = aligned.tensors[name].double().reshape(-1).numpy()
+    # fp32 and fp64 differences may order two near-equal magnitudes differently: at the very threshold only.
+    wrong = np.abs(got - (base + 0.7 * want)) > 1e-6
+    assert wrong.sum() <= len(NAMES)
+
+
+def test_ties_over_the_whole_model_has_one_threshold() -> None:
+    aligned, finetunes = family()
+    settings = MergeSettings(method="ties", threshold="model", density=0.25)
+    found = find_thresholds(aligned, finetunes, settings)
+    for i, one in enumerate(NAMES):
+        everything = np.concatenate([np.abs(deltas_of(aligned, finetunes, n)[i]) for n in aligned.names()])
+        want = np.sort(everything)[-round(0.25 * everything.size)]
+        assert found[one]["big"] == found[one]["small"] == pytest.approx(want, rel=1e-6)
+
+
+def test_dare_drops_its_share_and_keeps_the_mean() -> None:
+    ones = torch.ones(200_000)
+    found = dropped(ones, keep=0.8, seed=1, name="zh/w", start=0)
+    assert sorted(set(found.tolist())) == [0.0, 1.25]
+    assert float((found > 0).float().mean()) == pytest.approx(0.8, abs=0.005)
+    assert torch.equal(found[777:9001], dropped(ones[777:9001], keep=0.8, seed=1, name="zh/w", start=777))
+    for other in ({"seed": 2}, {"name": "code/w"}):
+        again = dropped(ones, **{"keep": 0.8, "seed": 1, "name": "zh/w", "start": 0, **other})  # type: ignore[arg-type]
+        assert float((again == found).float().mean()) == pytest.approx(0.8**2 + 0.2**2, abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "dare"])
+def test_a_slice_has_the_bits_of_the_whole(method: str) -> None:
+    aligned, finetunes = family()
+    source = merged(MergeSettings(method=method), aligned, finetunes)  # type: ignore[arg-type]
+    whole = source.read("big")
+    for start, stop in ((0, 1), (13, 4099), (BLOCK - 3, BLOCK + 3), (whole.numel() - 5, whole.numel())):
+        assert torch.equal(source.read("big", start, stop), whole[start:stop])
+
+
+@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "dare"])
+def test_the_gradient_of_a_shared_mask_is_that_of_the_merge_of_masked_task_vectors(method: str) -> None:
+    """Autograd through a + λ Merge({m ⊙ τ_t}) as written, against (∂L/∂w)(merged − a)."""
+    aligned, finetunes = family()
+    settings = MergeSettings(method=method, scale=0.5)  # type: ignore[arg-type]
+    source = merged(settings, aligned, finetunes)
+    base = aligned.tensors["small"].double()
+    deltas = torch.from_numpy(deltas_of(aligned, finetunes, "small"))
+    mask = torch.linspace(0.1, 0.9, base.numel(), dtype=torch.float64, requires_grad=True)
+    masked = [mask * d for d in deltas]
+    if method == "average":
+        joined = torch.stack(masked).mean(dim=0)
+    elif method == "task_arithmetic":
+        joined = torch.stack(masked).sum(dim=0)
+    elif method == "dare":
+        keeps = [dropped(torch.ones(7), keep=0.8, seed=0, name=f"{one}/small", start=0).double() for one in NAMES]
+        joined = torch.stack([d * k for d, k in zip(masked, keeps, strict=True)]).sum(dim=0)
+    else:
+        limits = find_thresholds(aligned, finetunes, settings)
+        kept = torch.stack(
+            [m * (d.abs() >= limits[one]["small"] - 1e-9) for m, d, one in zip(masked, deltas, NAMES, strict=True)]
+        )
+        agree = (kept.sign() == kept.sum(dim=0).sign()) & (kept != 0)
+        joined = (kept * agree).sum(dim=0) / agree.sum(dim=0).clamp_min(1)
+    weights = base + 0.5 * joined
+    pull = torch.sin(torch.arange(7.0, dtype=torch.float64))
+    (weights * pull).sum().backward()
+    assert mask.grad is not None
+    expected = pull * (source.read("small").double() - base)
+    torch.testing.assert_close(mask.grad, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        weights.detach(), base + mask.detach() * (source.read("small").double() - base), rtol=0, atol=1e-6
+    )
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=300), st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_kth_largest_magnitude_is_exact(values: list[float], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(values)))
+    tensor = torch.tensor(values)
+    pieces = torch.split(tensor, 7)
+    assert kth_largest_magnitude(lambda: iter(pieces), k) == float(tensor.abs().sort(descending=True).values[k - 1])
+
+
+def test_equal_task_vectors_survive_every_merge_that_averages() -> None:
+    delta = torch.tensor([0.5, -0.25, 0.125])
+    assert torch.equal(weighted_sum([delta, delta], [0.5, 0.5]), delta)
+    assert torch.equal(ties([delta, delta, -delta], [1.0] * 3, [0.0] * 3, mean=True), delta)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    aligned, finetunes = family()
+    finetunes["code"] = Plain({"big": aligned.tensors["big"]})
+    with pytest.raises(CheckpointError, match=r"code: .*small"):
+        MergedSource(aligned, finetunes, MergeSettings(method="average"))
+    counts = Plain({"n": torch.tensor([1, 2])})
+    source = MergedSource(
+        counts, {"a": counts, "b": Plain({"n": torch.tensor([1, 3])})}, MergeSettings(method="average")
+    )
+    with pytest.raises(CheckpointError, match="integers that differ in b"):
+        source.read("n")
+
+
+def test_settings_refuse_what_the_method_ignores() -> None:
+    assert (MergeSettings(method="ties").kept, MergeSettings(method="dare").kept) == (0.2, 0.8)
+    assert MergeSettings(method="average", seed=0).kept == 1.0
+    with pytest.raises(ValidationError, match="average has no use for density"):
+        MergeSettings(method="average", density=0.5)
+    with pytest.raises(ValidationError, match="dare has no use for aggregate, threshold"):
+        MergeSettings(method="dare", threshold="model", aggregate="sum")
