@@ -9,7 +9,9 @@ from typing import Any
 
 from components.leases import acquire
 from components.records import Record, canonical_json, fingerprint
+from components.reporting.heat_map import density_svg, layer_figures
 from components.reporting.schema import FinetuneSummary, RunSummary, shown_models
+from components.storage import storage_errors, write_atomic
 from components.tracked import Point, TrackedRun, rate_metrics, read_series
 from components.tracking import EVALUATION_TAG, Tracker
 from pipelines.driver import RunState
@@ -110,6 +112,9 @@ def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
     for step in ("train_mask", "train_mask_paper"):
         path = run.result_dir(records[step]) / "mask" / "metrics.jsonl" if step in records else Path("absent")
         series += read_series(path, step) if path.is_file() else []
+    shares = entry.get("density", {}).get("tensors", {})
+    for layer, (mean, spread) in layer_figures(shares).items():
+        metrics |= {f"density/layer_{int(layer):03d}": mean, f"density_spread/layer_{int(layer):03d}": spread}
     tags: dict[str, str] = {f"realign.record.{step}": record.reference for step, record in records.items()}
     if entry["error"]:
         tags["realign.error"] = entry["error"]
@@ -123,7 +128,17 @@ def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
         metrics=metrics,
         tags=tags,
         series=series,
+        artifacts=[_heat_map(run, name, shares)] if shares else [],
     )
+
+
+def _heat_map(run: RunState, name: str, shares: dict[str, float]) -> Path:
+    """A picture of the mask, in the workspace."""
+    path = run.workspace.root / "figures" / f"density-{name}.svg"
+    with storage_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, density_svg(shares, title=f"{name}: weights of the delta that are kept, percent"))
+    return path
 
 
 def _params(run: RunState) -> dict[str, Any]:

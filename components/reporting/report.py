@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from components.reporting.heat_map import density_svg
 from components.reporting.rows import KEPT, LEGEND, compact, percent, rows, shown_columns, task_kept
 from components.reporting.schema import FinetuneSummary, Interval, Rates, RunSummary, shown_models
 from components.storage import storage_errors, write_atomic
@@ -45,6 +47,7 @@ def render_report(summary: RunSummary) -> str:
         sets={one["name"]: _set_table(one) for one in models},
         metric_names=METRIC_NAMES,
         stages=_stages(models),
+        heat_maps={one["name"]: _heat_map(one) for one in models},
         legend=LEGEND,
         kept=KEPT,
     )
@@ -78,6 +81,12 @@ def _set_table(one: FinetuneSummary) -> dict[str, Any]:
     keys = dict.fromkeys((s, metric) for sets in measured.values() for s, found in sets.items() for metric in found)
     lines = [(s, metric, [sets.get(s, {}).get(metric) for sets in measured.values()]) for s, metric in keys]
     return {"models": list(measured), "lines": lines}
+
+
+def _heat_map(one: FinetuneSummary) -> Markup:
+    """Escapes what it writes itself."""
+    tensors = one.get("density", {}).get("tensors", {})
+    return Markup(density_svg(tensors, title="weights of the delta that are kept, percent") if tensors else "")
 
 
 def _stages(models: list[FinetuneSummary]) -> list[str]:

@@ -154,6 +154,9 @@ def test_tracking_shows_one_run_with_a_nested_run_per_finetune(finished: Finishe
     assert nested["zh"].data.metrics["soft/asr"] == rates["asr"]["value"]
     series = client.get_metric_history(nested["zh"].info.run_id, "train_mask/loss")
     assert [m.step for m in series] == list(range(25))
+    assert 0 < nested["zh"].data.metrics["density/layer_001"] <= 1
+    pictures = [a.path for a in client.list_artifacts(nested["zh"].info.run_id)]
+    assert pictures == ["density-zh.svg"]
 
 
 def test_status_reads_the_files(finished: Finished) -> None:
