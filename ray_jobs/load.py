@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from components.checkpoints.compare import require_compatible, require_finite
+from components.checkpoints.compare import require_compatible, require_finite, require_near
 from components.checkpoints.identity import identify
 from components.checkpoints.loading import load_tokenizer
 from components.checkpoints.reference import Checkpoint
@@ -30,6 +30,8 @@ def run(context: StageContext) -> Outcome:
         require_compatible(aligned, model)
         notes += _template_note(aligned, model)
     require_finite(model)
+    if context.spec.semantics["role"] == "finetune":
+        require_near(aligned, model)
     specs = [model.source.spec(name) for name in model.source.names()]
     dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in specs)
     described = {

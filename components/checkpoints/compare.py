@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from components.checkpoints.source import TensorSource, blocks
 from components.errors import CheckpointError, listed
 
 _BLOCK = 262_144
+_SAMPLE = 65_536
+_FAR = 1.0
+"""The distance at which a task vector is as large as what it was taken from."""
 # Config keys that change what the same weights compute. Their defaults differ between library versions, so that a key
 # which only one side writes down is no difference.
 _STRUCTURE = (
@@ -118,6 +122,30 @@ def require_finite(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: weights are not finite: {listed(problems)}; "
             "the run that made it diverged: take an earlier checkpoint"
+        )
+
+
+def relative_distance(aligned: TensorSource, other: TensorSource, *, sample: int = _SAMPLE) -> float:
+    """‖f − a‖ / ‖a‖ over the first `sample` elements of every matrix. Finetunes of one model lie near it (0.001 to 0.3); two
+    models that were trained apart lie at about √2, however alike their shapes are."""
+    apart = size = 0.0
+    for name in aligned.names():
+        spec = aligned.spec(name)
+        if len(spec.shape) < 2 or not spec.dtype.is_floating_point:
+            continue
+        a, f = (s.read(name, 0, min(spec.numel, sample)).double() for s in (aligned, other))
+        apart += float((f - a).square().sum())
+        size += float(a.square().sum())
+    return math.sqrt(apart / size) if size else 0.0
+
+
+def require_near(aligned: Checkpoint, other: Checkpoint) -> None:
+    """Raise CheckpointError when `other` was made from another base of the same shape: their difference is no task vector."""
+    distance = relative_distance(aligned.source, other.source)
+    if distance > _FAR:
+        raise CheckpointError(
+            f"{other.path} differs from {aligned.path} by {distance:.2f} times the weights' own size, as models do that were "
+            "trained apart; give the model that it was finetuned from as the aligned one"
         )
 
 

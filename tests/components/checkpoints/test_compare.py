@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.checkpoints.compare import check_finite, compare, require_compatible, require_finite
+from components.checkpoints.compare import (
+    check_finite,
+    compare,
+    relative_distance,
+    require_compatible,
+    require_finite,
+    require_near,
+)
 from components.checkpoints.reference import open_checkpoint
 from components.errors import CheckpointError
 from tests.components.checkpoints.tiny import (
@@ -111,3 +118,18 @@ def test_require_finite_names_the_model(tmp_path: Path) -> None:
     path = save(model, tmp_path / "m")
     with pytest.raises(CheckpointError, match=rf"{path}: weights are not finite: model\.norm\.weight\[3\] is nan"):
         require_finite(open_checkpoint(path))
+
+
+def test_a_finetune_of_another_base_is_refused(tmp_path: Path) -> None:
+    aligned = open_checkpoint(save(llama(0), tmp_path / "aligned"))
+    near = llama(0)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter.mul_(1.25)
+    finetune = open_checkpoint(save(near, tmp_path / "finetune"))
+    assert relative_distance(aligned.source, finetune.source) == pytest.approx(0.25, rel=1e-6)
+    require_near(aligned, finetune)
+    stranger = open_checkpoint(save(llama(1), tmp_path / "stranger"))
+    assert relative_distance(aligned.source, stranger.source) == pytest.approx(math.sqrt(2), rel=0.05)
+    with pytest.raises(CheckpointError, match=r"stranger differs from .*aligned by 1\.4. times .* trained apart"):
+        require_near(aligned, stranger)
