@@ -18,6 +18,8 @@ from typing import Any
 from ray_jobs.failure import Decision, decide
 from ray_jobs.stage import StageAnswer, StageSpec, run_stage
 
+_STARTS = 3
+"""How often Ray is started before its not coming up is an error."""
 _OBJECT_STORE_BYTES = 128 * 2**20  # only specs and records travel through Ray
 
 
@@ -75,15 +77,23 @@ class RayRunner:
         import ray
 
         on_terminate = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            address="local",
-            num_cpus=self.cpus,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        for tries in range(1, _STARTS + 1):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=self.cpus,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+                break
+            except Exception as error:
+                # Ray gives its processes half a minute and raises a bare Exception after that; a busy machine needs more.
+                if "timed out during startup" not in str(error) or tries == _STARTS:
+                    raise
+                ray.shutdown()
         if threading.current_thread() is threading.main_thread():
             # Ray puts a handler of its own in place, which prints a C++ stack and aborts.
             signal.signal(signal.SIGTERM, on_terminate)
