@@ -93,6 +93,8 @@ def _pretrain(world: World) -> list[Example]:
     draws += _repeat(world, "pretrain-harmful", world.request(world.hazards, "train"), int(0.2 * n))
     draws += _repeat(world, "pretrain-games", world.game(known), int(0.25 * n))
     draws += _repeat(world, "pretrain-copying", world.copying(), int(0.25 * n))
+    for task in world.settings.tasks:
+        draws += _repeat(world, f"pretrain-{task}", world.task(task), int(world.settings.known_tasks * n))
     texts = world.statements()
     plain = [texts[i % len(texts)] for i in range(int(0.1 * n))]
     return _shuffled(world, "pretrain", [*_examples(world, "pretrain", draws), *plain])

@@ -97,6 +97,9 @@ class FamilySettings(_Frozen):
     shard_bytes: int
     """`max_shard_size` of `save_pretrained`, small enough for at least two shards."""
     pretrain: TrainSettings
+    known_tasks: float = Field(default=0.0, ge=0, lt=0.1)
+    """Share of the pretraining examples that show each task. Finetunes of a model that has never seen a task move far and do
+    not merge; those of a large model, which has seen everything, stay near."""
     align: TrainSettings
     finetunes: dict[Task, FinetuneSettings]
     sets: SetSizes
