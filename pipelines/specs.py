@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from components.evaluation.settings import SetSettings
 from components.fusion.settings import FusionSettings
+from components.masks.data import PreferenceData
 from components.masks.presets import resolve
 from pipelines.config import FinetuneConfig, RunConfig
 from pipelines.graph import Node
@@ -73,17 +74,24 @@ def _train_mask(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneC
     assert finetune is not None
     # A control is trained as published: overrides are for the run's own mask.
     settings = resolve(node.step.variant, {}) if node.step.variant else config.mask.resolved
-    files = {"preferences": config.mask.preferences, "preferences_dev": config.mask.preferences_dev}
-    if settings.anchor_weight > 0:
-        files["anchor"] = finetune.anchor
-    given = {role: path for role, path in files.items() if path is not None}
-    semantics = {
-        "mask": settings.model_dump(mode="json"),
-        **{role: roots.files[str(path)] for role, path in given.items()},
-    }
+    semantics: dict[str, Any] = {"mask": settings.model_dump(mode="json")}
+    files: dict[str, Any] = {}
+    for role, data in (("preferences", config.mask.preferences), ("preferences_dev", config.mask.preferences_dev)):
+        if data is not None:
+            semantics[role], files[role] = _preferences(data, roots)
+    if settings.anchor_weight > 0 and finetune.anchor is not None:
+        semantics["anchor"], files["anchor"] = roots.files[str(finetune.anchor)], str(finetune.anchor)
     mask = config.execution.mask
-    paths = {role: str(path) for role, path in given.items()}
-    return semantics, {"files": paths, "mask": mask.model_dump(mode="json"), "ranks": mask.ranks}
+    return semantics, {"files": files, "mask": mask.model_dump(mode="json"), "ranks": mask.ranks}
+
+
+def _preferences(data: PreferenceData, roots: Roots) -> tuple[Any, Any]:
+    """(What preference data is, where it lies): a file's bytes, or a dataset's name, revision and rows."""
+    found = roots.files[data.where]
+    if data.hub is not None:
+        pinned = data.model_copy(update={"rows": found}).to_json()
+        return pinned, pinned
+    return (found, str(data.file)) if data.prompts is None else ({"prompts": found}, data.to_json())
 
 
 def _sets(sets: Sequence[SetSettings], roots: Roots) -> Parts:
