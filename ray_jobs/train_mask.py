@@ -8,6 +8,7 @@ from typing import Any
 from components.errors import DataError
 from components.masks.artifact import MaskArtifact
 from components.masks.data import PreferenceData
+from components.masks.reference_cache import ReferenceCache
 from components.masks.settings import MaskSettings
 from components.masks.training import EngineMaker, MaskResult, one_process, train_mask
 from components.masks.zero import MaskExecution
@@ -61,6 +62,7 @@ def train(context: StageContext, make_engine: EngineMaker) -> MaskResult:
         progress=lambda event: _report(context, event),
         keep_going=context.attempt.keep_going,
         make_engine=make_engine,
+        cache=_cache(context),
     )
 
 
@@ -91,6 +93,18 @@ def _same_file(path: Path, sha256: str) -> Path:
     if file_sha256(path) != sha256:
         raise DataError(f"{path} has changed since this run began; run again")
     return path
+
+
+def _cache(context: StageContext) -> ReferenceCache:
+    """The workspace's reference log-probabilities. A finetune's depend on the aligned model too: it gives the architecture."""
+    identities = []
+    for role in ("load_aligned", "load"):
+        stage, _, name = context.spec.parents[role].partition("/")
+        record = context.workspace.record(stage, name)
+        assert record is not None, "a parent has a record"
+        identities.append(record.semantics["identity"])
+    models = {"aligned": identities[:1], "finetuned": identities}
+    return ReferenceCache(context.workspace.reference_dir, models, context.spec.version)
 
 
 def _report(context: StageContext, event: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from components.masks.loading import build_masked_model, checkpointed_layers
 from components.masks.pairs import answered, open_pairs
 from components.masks.preferences import Schedule, encode_prompt
 from components.masks.prepare import Prepared, prepare
+from components.masks.reference_cache import ReferenceCache
 from components.masks.settings import MaskSettings
 from components.masks.state import SavedState
 from components.masks.zero import ZeroSettings
@@ -74,6 +75,7 @@ def train_mask(
     progress: Progress | None = None,
     keep_going: Callable[[], None] | None = None,
     make_engine: EngineMaker | None = None,
+    cache: ReferenceCache | None = None,
 ) -> MaskResult:
     """Train the mask of one finetune and write `mask.safetensors`, `mask.json` and `metrics.jsonl` into `out_dir`.
 
@@ -81,7 +83,7 @@ def train_mask(
     asked with: the finetune's; by default the aligned model's); weights come from the two sources. `state_dir` belongs to
     this run alone: a run that finds a checkpoint there goes on from it, and its artifact has the same bytes as an unbroken
     run's (on another number of ranks: the same up to rounding). `keep_going` is called before every step and may raise to
-    stop. The caller sets torch's threads. With an engine of several ranks every rank calls this,
+    stop. `cache` changes no byte. The caller sets torch's threads. With an engine of several ranks every rank calls this,
     with the same arguments; the first writes. Raises DataError, CheckpointError, ConfigError, TrainingError.
     """
     clock = _Clock()
@@ -100,7 +102,7 @@ def train_mask(
     report({"phase": "prepare", "pairs": len(opened[0].pairs or opened[0].prompts), "anchors": len(prompts)})
     pairs, dev = answered(opened, engine.masked, tokenizer, settings.pair_new_tokens, engine.forwards)
     dropped = pairs.counts("pairs") | dev.counts("pairs_dev")
-    data = prepare(engine, tokenizer, pairs.pairs, dev.pairs, prompts, dropped)
+    data = prepare(engine, tokenizer, pairs.pairs, dev.pairs, prompts, dropped, cache)
     clock.lap("prepare")
     run = _Run(engine, data, settings, state_dir)
     run.train(checkpoint_seconds=checkpoint_seconds, report=report, keep_going=keep_going or (lambda: None))

@@ -74,6 +74,9 @@ def test_the_same_rows_in_other_forms_train_the_same_mask(
     made, answers = specs(config, tmp_path, "jsonl")
     assert answers[-1]["status"] == "done", answers[-1]
     assert answers[-1]["record"]["notes"] == []
+    # What other finetunes of the aligned model will find.
+    (kept,) = (tmp_path / "jsonl/workspace/.reference").iterdir()
+    assert json.loads(kept.read_text())["key"]["model"] == [made[0].semantics["identity"]]
 
     flagged = [
         {"prompt": r["prompt"], "response_0": r["rejected"], "response_1": r["chosen"]}
