@@ -3,6 +3,7 @@
     <workspace>/<stage>/<fingerprint>/            a result; its record.json was written last
     <workspace>/<stage>/.attempt-<fingerprint>-*  somebody is making it, or was killed while doing so
     <workspace>/<stage>/.state-<fingerprint>/     lease, progress, resumable state, failure.json of the last attempt
+    <workspace>/.reference/                       reference log-probabilities, which finetunes of one model share
 
 A result appears by one rename of a complete directory: first wins, a straggler of a killed run harms nothing.
 """
@@ -74,6 +75,10 @@ class Workspace:
 
     def result_dir(self, stage: str, fingerprint: str) -> Path:
         return self.root / stage / fingerprint
+
+    @property
+    def reference_dir(self) -> Path:
+        return self.root / ".reference"
 
     def state_dir(self, stage: str, fingerprint: str) -> Path:
         return self.root / stage / f".state-{fingerprint}"

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from components.errors import ConfigError
 from components.evaluation.settings import EvaluationSettings, SetSettings
 from components.fusion.merge_settings import MergeSettings
+from components.masks.data import PreferenceData
 from components.masks.presets import resolve
 from components.masks.settings import MaskSettings
 from components.masks.zero import MaskExecution
@@ -82,23 +83,39 @@ class MergeConfig(MergeSettings):
     """Names of the finetunes; all of them where none is named."""
 
 
+def _existing_data(data: PreferenceData, info: ValidationInfo) -> PreferenceData:
+    files = {name: getattr(data, name) for name in ("file", "prompts")}
+    found = {name: _existing_file(path, info) for name, path in files.items() if path is not None}
+    return data.model_copy(update=found)
+
+
+Preferences = Annotated[PreferenceData, AfterValidator(_existing_data)]
+
+
 class MaskSection(Section):
     """Which data the mask is trained on, and how."""
 
     preset: Literal["realign", "paper"] = "realign"
-    preferences: DataFile
-    """Preference pairs (JSONL: prompt, chosen = safe, rejected = unsafe)."""
-    preferences_dev: DataFile | None = None
-    """Held-out pairs, measured and never trained on."""
+    preferences: Preferences
+    """Preference pairs: a file of them (JSONL, JSON, CSV, parquet), `{hub: owner/name, revision: commit, split: train}`, or
+    `{prompts: file}`, from which the models make pairs. `components/masks/shapes.py` has the columns that are understood."""
+    preferences_dev: Preferences | None = None
+    """Held-out pairs in any of these ways, measured and never trained on."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the preset, e.g. `{steps: 300}`."""
 
     @model_validator(mode="after")
     def _known_settings(self) -> MaskSection:
         try:
-            resolve(self.preset, self.settings)
+            settings = resolve(self.preset, self.settings)
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        made = any(data is not None and data.prompts for data in (self.preferences, self.preferences_dev))
+        if made and settings.pair_new_tokens >= settings.max_length:
+            raise ValueError(
+                f"settings.pair_new_tokens ({settings.pair_new_tokens}) leaves no prompt any room in settings.max_length "
+                f"({settings.max_length})"
+            )
         return self
 
     @property
@@ -323,6 +340,8 @@ def _suggestion(location: Location) -> str:
             "finetunes": FinetuneConfig,
             "merges": MergeConfig,
             "mask": MaskSection,
+            "preferences": PreferenceData,
+            "preferences_dev": PreferenceData,
             "fusion": FusionSection,
             "evaluation": EvaluationSection,
             "sets": SetSettings,

@@ -12,7 +12,7 @@ from components.checkpoints.identity import identify
 from components.checkpoints.reference import Checkpoint, open_checkpoint
 from components.errors import CheckpointError, DataError, RealignError
 from components.evaluation.prompts import load_prompt_set
-from components.masks import preferences
+from components.masks.data import PreferenceData, load_preferences, load_prompts
 from components.records import file_sha256
 from pipelines.config import RunConfig
 
@@ -28,7 +28,7 @@ class Roots:
     errors: dict[str, RealignError]
     """The same keys, of models that could not be identified."""
     files: dict[str, str]
-    """Path of a data file -> SHA-256."""
+    """Path of a data file -> SHA-256; `PreferenceData.where` of a hub dataset -> SHA-256 of its rows."""
 
 
 def find_roots(config: RunConfig, cache: Path) -> Roots:
@@ -75,23 +75,35 @@ def _check_files(config: RunConfig) -> dict[str, str]:
     problems: list[str] = []
     files: dict[str, str] = {}
 
-    def check(path: Path, load: Callable[[], object]) -> None:
+    def check(where: Path | str, identify: Callable[[], str]) -> None:
         try:
-            load()
-            files[str(path)] = file_sha256(path)
+            files[str(where)] = identify()
         except RealignError as error:
             problems.append(str(error))
         except OSError as error:
-            problems.append(f"{path}: {error.strerror or error}; make it readable")
+            problems.append(f"{where}: {error.strerror or error}; make it readable")
 
     for pairs in (config.mask.preferences, config.mask.preferences_dev):
         if pairs is not None:
-            check(pairs, partial(preferences.load_preferences, pairs))
+            check(pairs.where, partial(_pairs, pairs))
     for finetune in config.finetunes:
         if finetune.anchor is not None:
-            check(finetune.anchor, partial(preferences.load_prompts, finetune.anchor))
+            check(finetune.anchor, partial(_file, finetune.anchor, load_prompts))
     for chosen in config.evaluation.sets:
-        check(chosen.path, partial(load_prompt_set, chosen))
+        check(chosen.path, partial(lambda s: load_prompt_set(s).sha256, chosen))
     if problems:
         raise DataError("\n".join(problems))
     return files
+
+
+def _file(path: Path, load: Callable[[Path], object]) -> str:
+    load(path)
+    return file_sha256(path)
+
+
+def _pairs(data: PreferenceData) -> str:
+    """What identifies preference data, once it was read whole."""
+    if data.prompts is not None:
+        return _file(data.prompts, load_prompts)
+    found = load_preferences(data)
+    return found.sha256() if data.file is None else file_sha256(data.file)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from components.evaluation.settings import SetSettings
 from components.fusion.settings import FusionSettings
+from components.masks.data import PreferenceData
 from components.masks.presets import resolve
 from pipelines.config import FinetuneConfig, RunConfig
 from pipelines.graph import Node
@@ -83,19 +84,25 @@ def _train_mask(node: Node, config: RunConfig, roots: Roots) -> Parts:
     assert node.finetune is not None
     # A control is trained as published: overrides are for the run's own mask.
     settings = resolve(node.step.variant, {}) if node.step.variant else config.mask.resolved
-    files = {"preferences": [config.mask.preferences]}
-    if config.mask.preferences_dev is not None:
-        files["preferences_dev"] = [config.mask.preferences_dev]
+    semantics: dict[str, Any] = {"mask": settings.model_dump(mode="json")}
+    files: dict[str, Any] = {}
+    for role, data in (("preferences", config.mask.preferences), ("preferences_dev", config.mask.preferences_dev)):
+        if data is not None:
+            semantics[role], files[role] = _preferences(data, roots)
     if settings.anchor_weight > 0:
-        anchors = (finetune.anchor for finetune in config.members(node.finetune))
-        files["anchors"] = [path for path in anchors if path is not None]
-    semantics = {
-        "mask": settings.model_dump(mode="json"),
-        **{role: [roots.files[str(path)] for path in paths] for role, paths in files.items()},
-    }
+        files["anchors"] = [str(f.anchor) for f in config.members(node.finetune) if f.anchor is not None]
+        semantics["anchors"] = [roots.files[path] for path in files["anchors"]]
     mask = config.execution.mask
-    paths = {role: [str(path) for path in given] for role, given in files.items()}
-    return semantics, {"files": paths, "mask": mask.model_dump(mode="json"), "ranks": mask.ranks}
+    return semantics, {"files": files, "mask": mask.model_dump(mode="json"), "ranks": mask.ranks}
+
+
+def _preferences(data: PreferenceData, roots: Roots) -> tuple[Any, Any]:
+    """(What preference data is, where it lies): a file's bytes, or a dataset's name, revision and rows."""
+    found = roots.files[data.where]
+    if data.hub is not None:
+        pinned = data.model_copy(update={"rows": found}).to_json()
+        return pinned, pinned
+    return (found, str(data.file)) if data.prompts is None else ({"prompts": found}, data.to_json())
 
 
 def _sets(sets: Sequence[SetSettings], roots: Roots) -> Parts:

@@ -11,8 +11,8 @@ from typing import Any
 
 from components.masks.anchor import Anchor, answer, sequence_log_probs, teachers
 from components.masks.engine import ScoredPair, TorchEngine
-from components.masks.objective import Forwards
 from components.masks.preferences import Pair, Schedule
+from components.masks.reference_cache import ReferenceCache
 from components.masks.settings import MaskSettings
 
 
@@ -44,15 +44,14 @@ def prepare(
     dev_pairs: Sequence[Pair],
     prompts: Sequence[tuple[int, ...]],
     dropped: dict[str, int],
+    cache: ReferenceCache | None = None,
 ) -> Prepared:
     """Reference log-probabilities and the anchor's targets, computed once with the weights they belong to. `dropped` counts
-    what the data files had beside that."""
+    what the data had beside that; `cache` remembers reference log-probabilities."""
     masked, settings, how = engine.masked, engine.settings, engine.forwards
     used = Schedule(len(pairs), settings.batch_size, seed=settings.seed, what="pairs").used(settings.steps)
     dev = list(dev_pairs[: settings.eval_pairs])
-    # ℓ is at ℓ₀ here, so the `initial` reference is the soft mask as it stands.
-    masked.write("soft" if settings.reference == "initial" else settings.reference)
-    scored = _with_reference(masked.model, how, [*(pairs[i] for i in used), *dev])
+    scored = _with_reference(engine, [*(pairs[i] for i in used), *dev], cache)
     train, held_out = _split_anchors(len(prompts), settings)
     anchors: list[Anchor] = []
     taken: list[int] = []
@@ -78,9 +77,18 @@ def prepare(
     )
 
 
-def _with_reference(model: Any, how: Forwards, pairs: Sequence[Pair]) -> list[ScoredPair]:
-    values = sequence_log_probs(model, [r for p in pairs for r in (p.chosen, p.rejected)], how).view(-1, 2).tolist()
-    return [ScoredPair(p, (chosen, rejected)) for p, (chosen, rejected) in zip(pairs, values, strict=True)]
+def _with_reference(engine: TorchEngine, pairs: Sequence[Pair], cache: ReferenceCache | None) -> list[ScoredPair]:
+    masked, reference, how = engine.masked, engine.settings.reference, engine.forwards
+    rows = [r for p in pairs for r in (p.chosen, p.rejected)]
+
+    def compute() -> list[float]:
+        # ℓ is at ℓ₀ here, so the `initial` reference is the soft mask as it stands.
+        masked.write("soft" if reference == "initial" else reference)
+        values: list[float] = sequence_log_probs(masked.model, rows, how).tolist()
+        return values
+
+    values = compute() if cache is None else cache.get(reference, rows, masked.model, how, compute)
+    return [ScoredPair(p, (values[2 * i], values[2 * i + 1])) for i, p in enumerate(pairs)]
 
 
 def _split_anchors(prompts: int, settings: MaskSettings) -> tuple[list[int], list[int]]:

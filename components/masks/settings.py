@@ -80,6 +80,8 @@ class MaskSettings(BaseModel):
     """Preference pairs a step, over all workers."""
     max_length: int = Field(default=512, ge=8)
     """Longest prompt + response in tokens. Longer pairs are left out and counted."""
+    pair_new_tokens: int = Field(default=128, ge=1)
+    """Longest answer, in tokens, that the models write for a pair where preferences are `{prompts: …}`."""
     include: tuple[str, ...] = ("*",)
     """Shell-style patterns of tensor names that get a mask."""
     exclude: tuple[str, ...] = ()

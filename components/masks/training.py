@@ -17,17 +17,13 @@ from components.checkpoints.loading import load_causal_lm, load_tokenizer
 from components.checkpoints.source import TensorSource
 from components.errors import DataError, StorageError
 from components.masks.artifact import MaskArtifact, write_artifact
+from components.masks.data import PreferenceData, load_prompts
 from components.masks.engine import Batch, TorchEngine
 from components.masks.loading import build_masked_model, checkpointed_layers
-from components.masks.preferences import (
-    Pair,
-    Schedule,
-    encode_pairs,
-    encode_prompt,
-    load_preferences,
-    load_prompts,
-)
+from components.masks.pairs import answered, open_pairs
+from components.masks.preferences import Schedule, encode_prompt
 from components.masks.prepare import Prepared, prepare
+from components.masks.reference_cache import ReferenceCache
 from components.masks.settings import MaskSettings
 from components.masks.state import SavedState
 from components.masks.zero import ZeroSettings
@@ -70,8 +66,8 @@ def train_mask(
     aligned: TensorSource,
     finetune: TensorSource,
     tokenizer_dir: Path | None = None,
-    preferences: Path,
-    preferences_dev: Path | None = None,
+    preferences: PreferenceData | Path,
+    preferences_dev: PreferenceData | Path | None = None,
     anchors: Sequence[Path] = (),
     state_dir: Path,
     out_dir: Path,
@@ -79,6 +75,7 @@ def train_mask(
     progress: Progress | None = None,
     keep_going: Callable[[], None] | None = None,
     make_engine: EngineMaker | None = None,
+    cache: ReferenceCache | None = None,
 ) -> MaskResult:
     """Train the mask of one finetune and write `mask.safetensors`, `mask.json` and `metrics.jsonl` into `out_dir`.
 
@@ -86,28 +83,24 @@ def train_mask(
     asked with: the finetune's; by default the aligned model's); weights come from the two sources. `state_dir` belongs to
     this run alone: a run that finds a checkpoint there goes on from it, and its artifact has the same bytes as an unbroken
     run's (on another number of ranks: the same up to rounding). `keep_going` is called before every step and may raise to
-    stop. The caller sets torch's threads. With an engine of several ranks every rank calls this, with the same arguments;
-    the first writes. Raises DataError, CheckpointError, ConfigError, TrainingError.
+    stop. `cache` changes no byte. The caller sets torch's threads. With an engine of several ranks every rank calls this,
+    with the same arguments; the first writes. Raises DataError, CheckpointError, ConfigError, TrainingError.
     """
     clock = _Clock()
     if settings.anchor_weight > 0 and not anchors:
         raise DataError("mask.anchor_weight is above 0 but there is no anchor file; give one, or set the weight to 0")
     tokenizer = load_tokenizer(tokenizer_dir or aligned_dir)
-    rows = load_preferences(preferences)
-    pairs, too_long = encode_pairs(tokenizer, rows, settings.max_length, preferences)
-    dev_pairs, dev_too_long = list[Pair](), 0
-    if preferences_dev is not None:
-        held_out = load_preferences(preferences_dev)
-        dev_pairs, dev_too_long = encode_pairs(tokenizer, held_out, settings.max_length, preferences_dev)
+    opened = [open_pairs(data, tokenizer, settings) for data in (preferences, preferences_dev)]
     used = anchors if settings.anchor_weight > 0 else ()
     prompts = [encode_prompt(tokenizer, p.prompt) for path in used for p in load_prompts(path)]
     engine = (make_engine or one_process(ZeroSettings()))(aligned_dir, aligned, finetune, settings)
     first = engine.ranks.rank == 0
     report = progress if progress and first else _say_nothing
     clock.lap("load")
-    report({"phase": "prepare", "pairs": len(pairs), "anchors": len(prompts)})
-    dropped = {"pairs_too_long": too_long, "pairs_dev_too_long": dev_too_long}
-    data = prepare(engine, tokenizer, pairs, dev_pairs, prompts, dropped)
+    report({"phase": "prepare", "pairs": len(opened[0].pairs or opened[0].prompts), "anchors": len(prompts)})
+    pairs, dev = answered(opened, engine.masked, tokenizer, settings.pair_new_tokens, engine.forwards)
+    dropped = pairs.counts("pairs") | dev.counts("pairs_dev")
+    data = prepare(engine, tokenizer, pairs.pairs, dev.pairs, prompts, dropped, cache)
     clock.lap("prepare")
     run = _Run(engine, data, settings, state_dir)
     run.train(checkpoint_seconds=checkpoint_seconds, report=report, keep_going=keep_going or (lambda: None))
@@ -303,6 +296,7 @@ def _write(run: _Run, kept: int, final: dict[str, dict[str, float]], unchanged: 
         "steps": len(run.history),
         "kept_step": kept,
         "data": run.data.counts,
+        "tokens_sha256": run.data.fingerprint(),
         "final": {k: v for k, v in run.history[-1].items() if k != "eval"},
         "evaluation": final,
         "delta_zero_share": sum(unchanged.values()) / masked.numel,

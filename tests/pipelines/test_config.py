@@ -54,6 +54,19 @@ def test_a_good_config_has_absolute_paths_and_defaults(place: Path) -> None:
     assert config.tracking.register_models is True
 
 
+def test_preferences_are_a_path_a_dataset_or_prompts(place: Path) -> None:
+    commit = "0123456789" * 4
+    dataset = f"{{hub: owner/name, revision: '{commit}', split: test, config: en}}"
+    text = GOOD.replace("pairs.jsonl", f"{dataset}\n  preferences_dev: {{prompts: anchor.jsonl}}")
+    (place / "realign.yaml").write_text(text)
+    mask = load_config(place / "realign.yaml").mask
+    assert mask.preferences.to_json() == {"hub": "owner/name", "revision": commit, "split": "test", "config": "en"}
+    assert mask.preferences_dev is not None
+    assert mask.preferences_dev.prompts == place / "anchor.jsonl"
+    (place / "realign.yaml").write_text(GOOD)
+    assert load_config(place / "realign.yaml").mask.preferences.file == place / "pairs.jsonl"
+
+
 def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
     text = GOOD.replace("aligned: aligned", "aligned: nowhere\naligend: x").replace(
         "preferences:", "preferences: no.jsonl #"
@@ -87,6 +100,17 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
         (("mask:\n", "fusion: {candidates: []}\nmask:\n"), 8, "at least 1 item"),
         (("mask:\n", "fusion: {candidates: [.nan]}\nmask:\n"), 8, "finite number"),
         (("name: zh\n", "name: a/b\n"), 4, "finetunes.0.name"),
+        (("pairs.jsonl", "{prompts: no.csv}"), 9, "no.csv; give a path relative to the config file"),
+        (("pairs.jsonl", "{file: pairs.jsonl, prompts: anchor.jsonl}"), 9, "not file and prompts together"),
+        (("pairs.jsonl", "{hub: owner/name}"), 9, "owner/name has no revision; pin it to a commit"),
+        (("pairs.jsonl", "{hub: owner/name, revision: main}"), 9, "mask.preferences.revision: String should match"),
+        (("pairs.jsonl", "{hub: owner/name, revison: main}"), 9, "unknown key (did you mean 'revision'?)"),
+        (("pairs.jsonl", "pairs.jsonl\n  preferences_dev: {prompts: x.json}"), 10, "mask.preferences_dev: no file"),
+        (
+            ("pairs.jsonl", "{prompts: anchor.jsonl}\n  settings: {pair_new_tokens: 64, max_length: 64}"),
+            8,
+            "pair_new_tokens (64) leaves no prompt any room in settings.max_length (64)",
+        ),
         (("kind: harmful, path", "kind: harmful, path: x, pth"), 12, "unknown key (did you mean 'path'?)"),
     ],
 )

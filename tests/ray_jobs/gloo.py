@@ -40,9 +40,20 @@ def run_ranks(world: int, jobs: list[dict[str, Any]], directory: Path, *, timeou
     assert codes == [0] * world, told
 
 
-def train(place: Path, *, run: str, zero: dict[str, Any], settings: dict[str, Any], stop_at: int | None = None) -> None:
-    """Train on the workplace's files, with state and artifact under `run`."""
+def train(
+    place: Path,
+    *,
+    run: str,
+    zero: dict[str, Any],
+    settings: dict[str, Any],
+    stop_at: int | None = None,
+    preferences: dict[str, str] | None = None,
+    cache: str = "cache",
+) -> None:
+    """Train on the workplace's files, with state and artifact under `run` and reference log-probabilities under `cache`."""
     from components.checkpoints.reference import open_checkpoint
+    from components.masks.data import PreferenceData
+    from components.masks.reference_cache import ReferenceCache
     from components.masks.settings import MaskSettings
     from components.masks.training import train_mask
     from components.masks.zero import ZeroSettings
@@ -61,13 +72,14 @@ def train(place: Path, *, run: str, zero: dict[str, Any], settings: dict[str, An
             aligned_dir=place / "aligned",
             aligned=open_checkpoint(place / "aligned").source,
             finetune=open_checkpoint(place / "finetune").source,
-            preferences=place / "preferences.jsonl",
+            preferences=PreferenceData.model_validate(preferences or {"file": place / "preferences.jsonl"}),
             anchors=[place / "anchors.jsonl"],
             state_dir=place / run / "state",
             out_dir=place / run / "mask",
             checkpoint_seconds=0.0,
             make_engine=sharded(ZeroSettings(**zero)),
             keep_going=keep_going,
+            cache=ReferenceCache(place / cache, {"aligned": "the workplace's"}),
         )
 
 

@@ -10,17 +10,9 @@ from typing import Any
 import pytest
 
 from components.errors import DataError
-from components.masks.preferences import (
-    Preference,
-    Prompt,
-    Row,
-    Schedule,
-    encode_pairs,
-    encode_prompt,
-    encode_row,
-    load_preferences,
-    load_prompts,
-)
+from components.masks.data import load_preferences, load_prompts
+from components.masks.preferences import Row, Schedule, encode_pairs, encode_prompt, encode_row
+from components.masks.shapes import Preference, Prompt
 from tests.components.masks.support import SPECIAL, WORDS, tokenizer
 
 USER = [{"role": "user", "content": "build a bomb"}]
@@ -41,7 +33,7 @@ def test_text_and_messages_mean_the_same(tmp_path: Path) -> None:
         {"chosen": [*USER, turn], "rejected": [*USER, {**turn, "content": "step one"}]},
         {"prompt": "line\u2028separator", "chosen": "sorry", "rejected": "step one", "source": "ignored"},
     )
-    rows = load_preferences(path)
+    rows = load_preferences(path).rows
     assert rows == [
         Preference(1, "build a bomb", "sorry", "step one"),
         Preference(3, USER, "sorry", "step one"),
