@@ -65,11 +65,11 @@ Found = tuple[dict[str, FinetuneSummary], list[str]]
 
 def merges(root: Path, settings: FamilySettings, seed: int) -> Found:
     def near(own: FinetuneSettings) -> FinetuneSettings:
-        rate = 0.7 * own.train.learning_rate
+        rate = 0.5 * own.train.learning_rate
         return own.model_copy(update={"train": own.train.model_copy(update={"learning_rate": rate})})
 
     finetunes = {task: near(own) for task, own in settings.finetunes.items() if task in MERGED}
-    settings = settings.model_copy(update={"known_tasks": 0.02, "finetunes": finetunes})
+    settings = settings.model_copy(update={"known_tasks": 0.03, "finetunes": finetunes})
     family = build_from(settings, root / f"merges-{settings.size}-{seed}/testbed", seed=seed)
 
     def change(config: Config) -> None:

@@ -51,7 +51,8 @@ def prepare(
     masked, settings, how = engine.masked, engine.settings, engine.forwards
     used = Schedule(len(pairs), settings.batch_size, seed=settings.seed, what="pairs").used(settings.steps)
     dev = list(dev_pairs[: settings.eval_pairs])
-    scored = _with_reference(engine, [*(pairs[i] for i in used), *dev], cache)
+    # Each by itself: finetunes that share the training pairs need not share the held-out ones.
+    scored, scored_dev = (_with_reference(engine, some, cache) for some in ([pairs[i] for i in used], dev))
     train, held_out = _split_anchors(len(prompts), settings)
     anchors: list[Anchor] = []
     taken: list[int] = []
@@ -65,9 +66,9 @@ def prepare(
         taught = teachers(masked.model, answers, how, full_vocabulary=full, top_k=top_k)
         anchors = [Anchor(row, teacher) for row, teacher in zip(answers, taught, strict=True)]
     return Prepared(
-        train=dict(zip(used, scored[: len(used)], strict=True)),
+        train=dict(zip(used, scored, strict=True)),
         train_size=len(pairs),
-        dev=scored[len(used) :],
+        dev=scored_dev,
         anchors=dict(zip(taken, anchors[: len(taken)], strict=True)),
         anchors_size=len(train),
         anchors_dev=anchors[len(taken) :],
@@ -78,6 +79,8 @@ def prepare(
 
 
 def _with_reference(engine: TorchEngine, pairs: Sequence[Pair], cache: ReferenceCache | None) -> list[ScoredPair]:
+    if not pairs:
+        return []
     masked, reference, how = engine.masked, engine.settings.reference, engine.forwards
     rows = [r for p in pairs for r in (p.chosen, p.rejected)]
 

@@ -29,6 +29,7 @@ class ReferenceCache:
     weights they are, the tokens of all rows in their order (they decide which rows share a forward), how forwards are padded,
     dtype, device, threads, the libraries. What differs in any of it is computed and kept beside. How many ranks there are
     does not matter: a row is scored by one rank, in the same company. Numbers are kept as float64 and come back exact.
+    Nobody waits for another: runs that begin at the same time each compute, and write the same.
     """
 
     directory: Path

@@ -75,8 +75,10 @@ def test_the_same_rows_in_other_forms_train_the_same_mask(
     assert answers[-1]["status"] == "done", answers[-1]
     assert answers[-1]["record"]["notes"] == []
     # What other finetunes of the aligned model will find.
-    (kept,) = (tmp_path / "jsonl/workspace/.reference").iterdir()
-    assert json.loads(kept.read_text())["key"]["model"] == [made[0].semantics["identity"]]
+    kept = [json.loads(p.read_text()) for p in (tmp_path / "jsonl/workspace/.reference").iterdir()]
+    assert [entry["key"]["model"] for entry in kept] == [
+        [made[0].semantics["identity"]]
+    ] * 2  # training and held-out pairs
 
     flagged = [
         {"prompt": r["prompt"], "response_0": r["rejected"], "response_1": r["chosen"]}

@@ -5,6 +5,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from components.errors import DataError
@@ -59,6 +61,18 @@ def test_json_list_tree_and_csv(tmp_path: Path) -> None:
         where={"label": "safe"},
     )
     assert [(p.id, p.text) for p in table.prompts] == [("7", "two\nlines, one field"), ("9", "third")]
+
+
+def test_a_parquet_file(tmp_path: Path) -> None:
+    rows = [{"id": "a", "messages": [{"role": "user", "content": "2+2"}], "answer": "4"}, {"id": "b", "answer": "5"}]
+    path = tmp_path / "s.parquet"
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows[:1]), path)
+    found = load_prompt_set(SetSettings(name="s", kind="task", path=path))
+    assert [(p.id, p.messages, p.answer) for p in found.prompts] == [("a", ({"role": "user", "content": "2+2"},), "4")]
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(DataError, match="row 2: no 'messages'"):
+        load_prompt_set(SetSettings(name="s", kind="task", path=path))
 
 
 def test_limit_takes_the_first_rows(tmp_path: Path) -> None:

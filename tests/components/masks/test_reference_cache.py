@@ -45,12 +45,12 @@ def kept(cache: ReferenceCache) -> dict[str, bytes]:
 
 
 def shift(cache: ReferenceCache, by: float) -> None:
-    """Make every chosen answer more likely to the reference, in a file that is whole."""
-    (path,) = cache.directory.iterdir()
-    entry = json.loads(path.read_text())
-    entry["log_probs"][::2] = [value + by for value in entry["log_probs"][::2]]
-    entry["sha256"] = hashlib.sha256(json.dumps(entry["log_probs"]).encode()).hexdigest()
-    path.write_text(json.dumps(entry))
+    """Make every chosen answer more likely to the reference, in files that are whole."""
+    for path in cache.directory.iterdir():
+        entry = json.loads(path.read_text())
+        entry["log_probs"][::2] = [value + by for value in entry["log_probs"][::2]]
+        entry["sha256"] = hashlib.sha256(json.dumps(entry["log_probs"]).encode()).hexdigest()
+        path.write_text(json.dumps(entry))
 
 
 def first_margin(place: Workplace, name: str) -> float:
@@ -72,19 +72,21 @@ def test_what_is_kept_are_the_references_log_probs_and_they_change_no_byte(
     place.train("without", settings)
     place.train("miss", settings, cache=cache)
     first = kept(cache)
-    assert len(first) == 1
+    assert len(first) == 2
     place.train("hit", settings, cache=cache)
     assert place.files("hit") == place.files("miss") == place.files("without")
     assert kept(cache) == first
 
     words, model = tokenizer(), {"aligned": place.model, "finetuned": place.finetune}[reference]
-    pairs = [r for path in (place.preferences, place.dev) for r in load_preferences(path).rows]
-    rows = [encode_row(words, r.prompt, answer) for r in pairs for answer in (r.chosen, r.rejected)]
-    (entry,) = (json.loads(content) for content in first.values())
-    assert entry["log_probs"] == pytest.approx([log_prob(model, r.tokens, r.prompt) for r in rows], rel=1e-5)
-    # Neither prompts nor answers stand in it.
-    assert set(entry) == {"key", "log_probs", "sha256"}
-    assert not any(word in next(iter(first.values())).decode() for word in ("sorry", "bomb", "wire"))
+    entries = {len(entry["log_probs"]): entry for entry in map(json.loads, first.values())}
+    for path, count in ((place.preferences, 12), (place.dev, 5)):
+        pairs = load_preferences(path).rows
+        rows = [encode_row(words, r.prompt, answer) for r in pairs for answer in (r.chosen, r.rejected)]
+        expected = [log_prob(model, r.tokens, r.prompt) for r in rows]
+        assert entries[2 * count]["log_probs"] == pytest.approx(expected, rel=1e-5)
+    # Neither prompts nor answers stand there.
+    assert {key for entry in entries.values() for key in entry} == {"key", "log_probs", "sha256"}
+    assert not any(word in content.decode() for word in ("sorry", "bomb", "wire") for content in first.values())
 
     shift(cache, 1.0)
     place.train("shifted", settings, cache=cache)
@@ -93,7 +95,7 @@ def test_what_is_kept_are_the_references_log_probs_and_they_change_no_byte(
 
 def test_a_broken_file_is_passed_over_and_written_anew(place: Workplace, cache: ReferenceCache) -> None:
     settings = resolve("realign", STEPS)
-    place.train("whole", settings, cache=cache)
+    place.train("whole", settings, cache=cache, preferences_dev=None)
     good = kept(cache)
     (path,) = cache.directory.iterdir()
     entry = json.loads(path.read_text())
@@ -104,38 +106,45 @@ def test_a_broken_file_is_passed_over_and_written_anew(place: Workplace, cache: 
     contents = [json.dumps(each) for each in (other_key, changed, short, [], {**entry, "log_probs": None})]
     for i, content in enumerate([*contents, json.dumps(entry)[:-9], "\udcff"]):
         path.write_bytes(content.encode(errors="surrogateescape"))
-        place.train(f"again-{i}", settings, cache=cache)
+        place.train(f"again-{i}", settings, cache=cache, preferences_dev=None)
         assert place.files(f"again-{i}") == place.files("whole")
         assert kept(cache) == good
 
 
 def test_another_finetune_finds_them_and_what_differs_is_kept_beside(place: Workplace, cache: ReferenceCache) -> None:
-    settings = resolve("realign", STEPS)
-    place.train("one", settings, cache=cache)
-    other = {"finetune": source(moved(place.model, seed=9))}
-    sibling = ReferenceCache(cache.directory, {**MODELS, "finetuned": ["a" * 64, "e" * 64]})
-    place.train("two", settings, cache=sibling, **other)
-    assert len(kept(cache)) == 1
+    settings, files = resolve("realign", STEPS), 0
+
+    def train(name: str, new: int, changes: dict[str, Any] | None = None, **options: Any) -> None:
+        """Train so; there must be so many files more."""
+        nonlocal files
+        given = {"cache": cache, "preferences_dev": None, **options}
+        place.train(name, settings.model_copy(update=changes or {}), **given)
+        files += new
+        assert len(kept(cache)) == files, name
+
+    sibling = {"finetune": source(moved(place.model, seed=9))}
+    sibling["cache"] = ReferenceCache(cache.directory, {**MODELS, "finetuned": ["a" * 64, "e" * 64]})
+    train("one", 1)
+    train("two", 0, **sibling)
+    train("with-dev", 1, preferences_dev=place.dev)
+    train("other-dev", 1, preferences_dev=preferences(place.root / "six.jsonl", 6))
     # The weights of another model, other code, other pairs, another choice of pairs: each its own file.
-    place.train("model", settings, cache=ReferenceCache(cache.directory, {"aligned": ["b" * 64]}))
-    place.train("code", settings, cache=ReferenceCache(cache.directory, MODELS, version=2))
-    place.train("pairs", settings, cache=cache, preferences=preferences(place.root / "more.jsonl", 13))
-    place.train("fewer", settings.model_copy(update={"steps": 2, "warmup_steps": 0}), cache=cache)
-    assert len(kept(cache)) == 5
-    place.train("own", settings.model_copy(update={"reference": "finetuned"}), cache=cache)
-    place.train("own-two", settings.model_copy(update={"reference": "finetuned"}), cache=sibling, **other)
-    assert len(kept(cache)) == 7
+    train("model", 1, cache=ReferenceCache(cache.directory, {"aligned": ["b" * 64]}))
+    train("code", 1, cache=ReferenceCache(cache.directory, MODELS, version=2))
+    train("pairs", 1, preferences=preferences(place.root / "more.jsonl", 13))
+    train("fewer", 1, {"steps": 2, "warmup_steps": 0})
+    train("own", 1, {"reference": "finetuned"})
+    train("own-two", 1, {"reference": "finetuned"}, **sibling)
     # The mask's own start is nobody else's.
-    place.train("initial", settings.model_copy(update={"reference": "initial"}), cache=cache)
-    assert len(kept(cache)) == 7
+    train("initial", 0, {"reference": "initial"})
 
 
 @pytest.mark.usefixtures("other_threads")
 def test_other_threads_may_give_other_bits(place: Workplace, cache: ReferenceCache) -> None:
     settings = resolve("realign", STEPS)
-    place.train("two-threads", settings, cache=cache)
+    place.train("two-threads", settings, cache=cache, preferences_dev=None)
     torch.set_num_threads(torch.get_num_threads() - 1)
-    place.train("one-thread", settings, cache=cache)
+    place.train("one-thread", settings, cache=cache, preferences_dev=None)
     keys = [json.loads(content)["key"] for content in kept(cache).values()]
     assert len(keys) == 2
     assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["threads"]
