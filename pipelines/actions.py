@@ -14,7 +14,7 @@ from components.tracked import Point, TrackedRun, rate_metrics, read_series
 from components.tracking import EVALUATION_TAG, Tracker
 from pipelines.driver import RunState
 
-_VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary"}
+_VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary", "adapter": "after_adapter"}
 
 
 def track_and_register(run: RunState, summary: RunSummary) -> None:

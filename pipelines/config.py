@@ -72,6 +72,11 @@ class FinetuneConfig(Section):
     sets: tuple[str, ...] = ()
     """Names of the task sets that measure this finetune's skill."""
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a LoRA adapter lies there."""
+        return (self.path / "adapter_config.json").is_file()
+
 
 class MaskSection(Section):
     """Which data the mask is trained on, and how."""
@@ -97,6 +102,14 @@ class MaskSection(Section):
         return resolve(self.preset, self.settings)
 
 
+class AdapterSection(Section):
+    """The realigned model of a finetune that came as a LoRA adapter leaves as one, too: the selected form's delta by
+    truncated SVD, measured by itself."""
+
+    rank: int | None = Field(default=None, ge=1)
+    """Its rank; null: that of the finetune's adapter, tensor by tensor."""
+
+
 class FusionSection(Section):
     """What is fused beside the realigned model, and which form is taken."""
 
@@ -111,6 +124,8 @@ class FusionSection(Section):
         default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1
     )
     """Scales that interpolation (α) and RESTA (γ) are tried with on the dev sets."""
+    adapter: AdapterSection | None = None
+    """Write an adapter beside the full models, of every finetune that came as one."""
 
 
 def _existing_set(chosen: SetSettings, info: ValidationInfo) -> SetSettings:
@@ -189,6 +204,10 @@ class RunConfig(Section):
                 )
         if "resta" in self.fusion.controls and self.unaligned is None:
             problems.append("the control resta needs `unaligned`, the model that the aligned one was made from")
+        if self.fusion.adapter is not None and not any(f.is_adapter for f in self.finetunes):
+            problems.append(
+                "fusion.adapter: no finetune is a LoRA adapter; remove it, full models leave as full models"
+            )
         needs_dev = {"interpolation", "resta"} & set(self.fusion.controls)
         dev_harmful = any(s.split == "dev" and s.kind == "harmful" and s.counts for s in self.evaluation.sets)
         if not dev_harmful and (needs_dev or self.fusion.select == "auto"):
@@ -276,6 +295,7 @@ def _suggestion(location: Location) -> str:
             "finetunes": FinetuneConfig,
             "mask": MaskSection,
             "fusion": FusionSection,
+            "adapter": AdapterSection,
             "evaluation": EvaluationSection,
             "sets": SetSettings,
             "tracking": TrackingSection,

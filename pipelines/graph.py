@@ -23,7 +23,7 @@ class Step:
     variant: str = ""
     """Which of the models (or masks) this row is about."""
     needs: str = ""
-    """The control that asks for this row; empty: always there."""
+    """The control (or `adapter`) that asks for this row; empty: always there."""
 
 
 def _fused(variant: str, *parents: str, needs: str = "") -> tuple[Step, Step]:
@@ -55,16 +55,21 @@ STEPS: tuple[Step, ...] = (
     *_fused("resta", "load_unaligned", "search_resta", needs="resta"),
     *_fused("paper_soft", "train_mask_paper", needs="paper"),
     *_fused("paper_binary", "train_mask_paper", needs="paper"),
+    Step("export_adapter", "export_adapter", "finetune",
+         ("load_aligned", "load", "fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary"), needs="adapter"),
+    Step("evaluate_adapter", "evaluate", "finetune", ("load_aligned", "export_adapter"), variant="adapter",
+         needs="adapter"),
     Step("register", "register", "finetune", ("fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary"), "action"),
 )  # fmt: skip
 
 
 def steps_of(config: RunConfig) -> list[Step]:
     """The rows that this run needs, parents before children."""
+    wanted = {"", *config.fusion.controls, *(["adapter"] if config.fusion.adapter is not None else [])}
     return [
         step
         for step in STEPS
-        if (not step.needs or step.needs in config.fusion.controls)
+        if step.needs in wanted
         and (step.name != "compare_deltas" or len(config.finetunes) > 1)
         and (step.name != "register" or config.tracking.register_models)
     ]
@@ -92,11 +97,14 @@ def expand(config: RunConfig) -> list[Node]:
     """One node per step and finetune, parents before children."""
     steps = {step.name: step for step in steps_of(config)}
     names = [finetune.name for finetune in config.finetunes]
+    adapters = {finetune.name for finetune in config.finetunes if finetune.is_adapter}
     nodes: list[Node] = []
     for step in steps.values():
         for finetune in names if step.scope == "finetune" else [None]:
             if step.stage == "train_mask" and finetune is not None and config.mask_owner(finetune) != finetune:
                 continue
+            if step.needs == "adapter" and finetune not in adapters:
+                continue  # it came whole, and leaves whole
             parents: list[tuple[str, str]] = []
             for parent in step.parents:
                 if steps[parent].scope == "run":

@@ -123,6 +123,12 @@ def _fuse(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig 
     return {"fusion": settings.model_dump(mode="json")}, {}
 
 
+def _export_adapter(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
+    assert config.fusion.adapter is not None
+    chosen = {"select": config.fusion.select, "max_asr": config.fusion.max_asr}
+    return {"rank": config.fusion.adapter.rank, **chosen}, {}
+
+
 def _evaluate(node: Node, config: RunConfig, roots: Roots, finetune: FinetuneConfig | None) -> Parts:
     # Dev sets choose between the two forms of the realigned model; all other variants are only reported.
     splits = ("dev", "test") if node.step.variant in ("soft", "binary") else ("test",)
@@ -142,5 +148,6 @@ _BUILDERS: dict[str, Callable[[Node, RunConfig, Roots, FinetuneConfig | None], P
     "train_mask": _train_mask,
     "search_scale": _search_scale,
     "fuse": _fuse,
+    "export_adapter": _export_adapter,
     "evaluate": _evaluate,
 }

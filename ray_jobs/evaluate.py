@@ -36,7 +36,10 @@ def run(context: StageContext) -> Outcome:
 
 
 def _model(context: StageContext) -> tuple[Any, Any]:
-    """A fused model as it was published, or a root model (an adapter over its base)."""
+    """A fused model or an exported adapter as it was published, or a root model (an adapter over its base)."""
+    if "export_adapter" in context.parents:
+        base = checkpoint(context, "load_aligned").path
+        return load_model(context.parent_dir("export_adapter") / "adapter", base=base)
     fused = next((role for role in context.parents if role.startswith("fuse_")), None)
     if fused is not None:
         return load_model(context.parent_dir(fused) / "model")

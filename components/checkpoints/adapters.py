@@ -54,10 +54,12 @@ _REFUSED: Mapping[str, str] = {
 @dataclass(frozen=True)
 class LoraPair:
     """The factors of one adapted weight: A is (rank, in), B is (out, rank), the weight (out, in), or (in, out) when
-    `transposed`. Names are those in the adapter's file."""
+    `transposed`. Names of factors are those in the adapter's file, `module` is the base's."""
 
+    module: str
     a: str
     b: str
+    rank: int
     scaling: float
     transposed: bool
 
@@ -85,6 +87,7 @@ class LoraSource:
         problems = parsed.problems + problems
         if problems:
             raise CheckpointError(f"{adapter_dir}: {listed(problems)}")
+        self._saved = parsed.replaced
         self._tile: tuple[str, int, torch.Tensor] | None = None
 
     def names(self) -> list[str]:
@@ -98,6 +101,14 @@ class LoraSource:
     def adapted(self) -> list[str]:
         """Names of the tensors that the adapter changes."""
         return sorted({*self._pairs, *self._replaced})
+
+    def pairs(self) -> Mapping[str, LoraPair]:
+        """Tensor -> its factors."""
+        return self._pairs
+
+    def saved(self) -> Mapping[str, str]:
+        """Key in the adapter's file -> the tensor whose place it takes. Both ends of a tie may be there."""
+        return {key: self.aliases().get(name, name) for name, key in self._saved.items()}
 
     def spec(self, name: str) -> TensorSpec:
         """The base's spec; fp32 where a LoRA product is added, the saved dtype where the adapter replaces the
@@ -264,7 +275,7 @@ def _pair(
         return [f"module {module}: embedding factors do not fit the base's {list(weight.shape)}"], None
     alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return [], LoraPair(a=keys["A"], b=keys["B"], scaling=scaling, transposed=transposed)
+    return [], LoraPair(module, keys["A"], keys["B"], rank, scaling, transposed)
 
 
 def _stored_transposed(module: str, config: Mapping[str, Any], model_type: str | None) -> bool:

@@ -84,6 +84,8 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
         (("    anchor: anchor.jsonl\n", ""), 1, "finetunes without `anchor`: zh"),
         (("mask:\n", "mask:\n  settings: {storage: bits}\n"), 1, "storage: bits keeps no soft mask"),
         (("mask:\n", "mask:\n  settings: {beta: .inf}\n"), 8, "finite number"),
+        (("mask:\n", "fusion: {adapter: {}}\nmask:\n"), 1, "fusion.adapter: no finetune is a LoRA adapter"),
+        (("mask:\n", "fusion: {adapter: {ranc: 3}}\nmask:\n"), 8, "unknown key (did you mean 'rank'?)"),
         (("mask:\n", "fusion: {candidates: []}\nmask:\n"), 8, "at least 1 item"),
         (("mask:\n", "fusion: {candidates: [.nan]}\nmask:\n"), 8, "finite number"),
         (("name: zh\n", "name: a/b\n"), 4, "finetunes.0.name"),
