@@ -53,6 +53,11 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Control = Literal["paper", "interpolation", "resta", "random_mask"]
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds a LoRA adapter, not a model."""
+    return (path / "adapter_config.json").is_file()
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -75,13 +80,16 @@ class FinetuneConfig(Section):
     @property
     def is_adapter(self) -> bool:
         """Whether a LoRA adapter lies there."""
-        return (self.path / "adapter_config.json").is_file()
+        return is_adapter(self.path)
 
 
 class MaskSection(Section):
     """Which data the mask is trained on, and how."""
 
     preset: Literal["realign", "paper"] = "realign"
+    track: Literal["weights", "factors"] = "weights"
+    """What is masked. weights: every tensor of the model. factors: A and B of LoRA adapters, each by itself; `aligned` is then
+    the safety LoRA over `aligned_base`, the finetunes are LoRAs that continued it, and adapters come out."""
     preferences: DataFile
     """Preference pairs (JSONL: prompt, chosen = safe, rejected = unsafe)."""
     preferences_dev: DataFile | None = None
@@ -179,6 +187,10 @@ class RunConfig(Section):
 
     name: Name
     aligned: CheckpointDirectory
+    aligned_base: CheckpointDirectory | None = None
+    """mask.track factors: the model that the adapters `aligned` and `finetunes` belong to."""
+    aligned_base_equal: bool = False
+    """Declare that the base which the adapter `aligned` names is `aligned_base` under another name."""
     unaligned: CheckpointDirectory | None = None
     """What the aligned model was made from; RESTA needs it."""
     finetunes: tuple[FinetuneConfig, ...]
@@ -204,6 +216,7 @@ class RunConfig(Section):
                 )
         if "resta" in self.fusion.controls and self.unaligned is None:
             problems.append("the control resta needs `unaligned`, the model that the aligned one was made from")
+        problems += self._track_problems()
         if self.fusion.adapter is not None and not any(f.is_adapter for f in self.finetunes):
             problems.append(
                 "fusion.adapter: no finetune is a LoRA adapter; remove it, full models leave as full models"
@@ -234,6 +247,39 @@ class RunConfig(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _track_problems(self) -> list[str]:
+        """What is there, or missing, for the track that is wanted."""
+        if self.mask.track == "weights":
+            problems = ["aligned_base is for mask.track: factors; remove it"] if self.aligned_base is not None else []
+            if is_adapter(self.aligned):
+                problems.append(
+                    "aligned is a LoRA adapter: set mask.track: factors and aligned_base, or merge it and give the result"
+                )
+            return problems
+        problems = []
+        if self.aligned_base is None:
+            problems.append(
+                "mask.track: factors needs `aligned_base`, the model that the safety LoRA `aligned` is over"
+            )
+        whole = [f.name for f in self.finetunes if not f.is_adapter]
+        whole += [] if is_adapter(self.aligned) else ["aligned"]
+        if whole:
+            problems.append(f"mask.track: factors is for LoRA adapters, and these are none: {', '.join(whole)}")
+        scaled = [control for control in ("interpolation", "resta") if control in self.fusion.controls]
+        if scaled:
+            problems.append(
+                f"mask.track: factors: remove the controls {', '.join(scaled)}: weights are products of the factors, so "
+                "scaling both is no interpolation of weights"
+            )
+        if self.fusion.adapter is not None:
+            problems.append("mask.track: factors: remove fusion.adapter, adapters come out as they are")
+        return problems
+
+    @property
+    def base(self) -> Path:
+        """What a finetune that is an adapter is an adapter of."""
+        return self.aligned_base or self.aligned
 
     @property
     def general_sets(self) -> tuple[SetSettings, ...]:

@@ -30,6 +30,8 @@ def run(context: StageContext) -> Outcome:
         require_compatible(aligned, model)
         notes += _template_note(aligned, model)
     require_finite(model)
+    if context.spec.semantics["role"] == "aligned" and model.base is not None:
+        require_finite(model.base)
     specs = [model.source.spec(name) for name in model.source.names()]
     dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in specs)
     described = {

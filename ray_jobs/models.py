@@ -17,4 +17,5 @@ def checkpoint(context: StageContext, role: str) -> Checkpoint:
         Path(place["path"]),
         base=Path(base) if base else None,
         base_declared_equal=bool(place.get("base_equal", False)),
+        factors=bool(place.get("factors", False)),
     )

@@ -25,7 +25,7 @@ from components.errors import CheckpointError, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _TILE_ELEMENTS = 1 << 20
 _FACTORS = {
     ".lora_A.weight": ("A", False),
@@ -80,7 +80,8 @@ class LoraSource:
         self.base = base
         self.config = read_adapter_config(adapter_dir)
         header = _open_weights(adapter_dir)
-        self._file = MappedFile(header)
+        self.weights = MappedFile(header)
+        """The adapter's file."""
         self.files = [adapter_dir / ADAPTER_CONFIG, header.path]
         parsed = _Parsed.of(header, self.config)
         self._pairs, self._replaced, problems = _fit(parsed, header, self.config, base, model_type)
@@ -118,7 +119,7 @@ class LoraSource:
         if name in self._pairs:
             return TensorSpec(dtype=torch.float32, shape=spec.shape)
         if name in self._replaced:
-            return self._file.header.tensors[self._replaced[name]].spec
+            return self.weights.header.tensors[self._replaced[name]].spec
         return spec
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -126,7 +127,7 @@ class LoraSource:
         name = self.aliases().get(name, name)
         stop = self.spec(name).numel if stop is None else stop
         if name in self._replaced:
-            weight = self._file.read(self._replaced[name], start, stop)
+            weight = self.weights.read(self._replaced[name], start, stop)
         else:
             weight = self.base.read(name, start, stop)
         if name not in self._pairs:
@@ -160,8 +161,8 @@ class LoraSource:
         return scaled
 
     def _factor(self, key: str) -> torch.Tensor:
-        spec = self._file.header.tensors[key].spec
-        return self._file.read(key, 0, spec.numel).reshape(spec.shape).float()
+        spec = self.weights.header.tensors[key].spec
+        return self.weights.read(key, 0, spec.numel).reshape(spec.shape).float()
 
 
 def read_adapter_config(adapter_dir: Path) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class _Parsed:
         replaced: dict[str, str] = {}
         problems: list[str] = []
         for key in sorted(header.tensors):
-            plain = key.removeprefix(_PREFIX)
+            plain = key.removeprefix(PREFIX)
             suffix = next((s for s in _FACTORS if plain.endswith(s)), None)
             if suffix is not None:
                 module = plain.removesuffix(suffix)

@@ -40,9 +40,17 @@ def run_ranks(world: int, jobs: list[dict[str, Any]], directory: Path, *, timeou
     assert codes == [0] * world, told
 
 
+def models(place: Path) -> dict[str, Any]:
+    """The two models of a workplace: whole ones, or adapters over its `base`."""
+    from components.checkpoints.reference import open_checkpoint
+
+    base = place / "base" if (place / "base").exists() else None
+    opened = [open_checkpoint(place / role, base=base, factors=base is not None) for role in ("aligned", "finetune")]
+    return {"aligned_dir": opened[0].model_dir, "aligned": opened[0].source, "finetune": opened[1].source}
+
+
 def train(place: Path, *, run: str, zero: dict[str, Any], settings: dict[str, Any], stop_at: int | None = None) -> None:
     """Train on the workplace's files, with state and artifact under `run`."""
-    from components.checkpoints.reference import open_checkpoint
     from components.masks.settings import MaskSettings
     from components.masks.training import train_mask
     from components.masks.zero import ZeroSettings
@@ -58,9 +66,7 @@ def train(place: Path, *, run: str, zero: dict[str, Any], settings: dict[str, An
     with contextlib.suppress(InterruptedError):
         train_mask(
             settings=MaskSettings(**settings),
-            aligned_dir=place / "aligned",
-            aligned=open_checkpoint(place / "aligned").source,
-            finetune=open_checkpoint(place / "finetune").source,
+            **models(place),
             preferences=place / "preferences.jsonl",
             anchor=place / "anchors.jsonl",
             state_dir=place / run / "state",
