@@ -105,6 +105,8 @@ def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
         metrics |= rate_metrics(prefix, entry.get(key))  # type: ignore[arg-type]
     for control, rates in entry.get("controls", {}).items():
         metrics |= rate_metrics(f"control/{control}", rates)
+    if "adapter" in entry:
+        metrics["adapter/error"] = entry["adapter"]["error"]
     metrics |= {f"seconds/{step}": record.seconds for step, record in records.items()}
     series: list[Point] = []
     for step in ("train_mask", "train_mask_paper"):

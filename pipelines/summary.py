@@ -70,7 +70,7 @@ def _notes(run: RunState, name: str) -> list[str]:
     records = [s.record for s in run.nodes.values() if s.node.finetune == name and s.record is not None]
     owner = run.config.mask_owner(name)
     lent = [f"the mask was trained on {owner}"] if owner != name else []
-    whole = not next(f for f in run.config.finetunes if f.name == name).is_adapter
+    whole = any(f.name == name and not f.is_adapter for f in run.config.finetunes)
     lent += ["came as a full model, so it leaves as one: no adapter"] if run.config.fusion.adapter and whole else []
     missing = [f"{_extra(what)} is missing: {s.complaint}" for what, s in run.failed_controls(name).items()]
     return list(dict.fromkeys([*(note for record in records for note in record.notes), *lent, *missing]))

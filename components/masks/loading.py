@@ -14,7 +14,7 @@ from components.checkpoints.source import TensorSource
 from components.errors import CheckpointError, ConfigError, listed
 from components.masks.masked_model import MaskedModel
 from components.masks.settings import MaskSettings
-from components.masks.slices import Home, MaskedSlice, UnmaskedSlice, WholeParameter
+from components.masks.slices import Home, MaskedSlice, UnmaskedSlice, WholeParameter, finetuned_elements
 
 
 def base_model(load: Callable[[Path], Any], model_dir: Path, aligned: TensorSource) -> Any:
@@ -106,16 +106,14 @@ def build_masked_model(
         if shapes != (here.shape,) * 2:
             wrong.append(f"{name}: aligned {list(shapes[0])}, finetune {list(shapes[1])}, model {list(here.shape)}")
             continue
-        device = here.weights.device
-        stored = [
-            source.read(n, here.start, here.stop).to(device) for source, n in ((aligned, name), (finetune, other))
-        ]
+        safe = aligned.read(name, here.start, here.stop).to(here.weights.device)
+        tuned = finetuned_elements(finetune, other, here)
         parameters[name].requires_grad_(name in masked)
         if name in masked:
             logits = torch.full_like(here.weights, settings.init_logit, dtype=logits_dtype)
-            slices.append(MaskedSlice(name, here, stored[0], stored[1], logits))
+            slices.append(MaskedSlice(name, here, safe, tuned, logits))
         else:
-            unmasked.append(UnmaskedSlice(name, here, stored[0], stored[1]))
+            unmasked.append(UnmaskedSlice(name, here, safe, tuned))
     if wrong:
         raise CheckpointError(f"{where}: the finetune does not fit the aligned model: {listed(wrong)}")
     return MaskedModel(model, slices, settings, unmasked=unmasked, **options)
