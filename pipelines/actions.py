@@ -16,7 +16,7 @@ from components.tracked import Point, TrackedRun, rate_metrics, read_series
 from components.tracking import EVALUATION_TAG, Tracker
 from pipelines.driver import RunState
 
-_VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary"}
+_VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary", "adapter": "after_adapter"}
 
 
 def track_and_register(run: RunState, summary: RunSummary) -> None:
@@ -107,6 +107,8 @@ def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
         metrics |= rate_metrics(prefix, entry.get(key))  # type: ignore[arg-type]
     for control, rates in entry.get("controls", {}).items():
         metrics |= rate_metrics(f"control/{control}", rates)
+    if "adapter" in entry:
+        metrics["adapter/error"] = entry["adapter"]["error"]
     metrics |= {f"seconds/{step}": record.seconds for step, record in records.items()}
     series: list[Point] = []
     for step in ("train_mask", "train_mask_paper"):

@@ -55,6 +55,11 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Control = Literal["paper", "interpolation", "resta", "random_mask"]
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds a LoRA adapter, not a model."""
+    return (path / "adapter_config.json").is_file()
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -73,6 +78,11 @@ class FinetuneConfig(Section):
     """Another finetune of this run whose mask is used here too: nothing is trained for this one (the paper's transfer)."""
     sets: tuple[str, ...] = ()
     """Names of the task sets that measure this finetune's skill."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether a LoRA adapter lies there."""
+        return is_adapter(self.path)
 
 
 class MergeConfig(MergeSettings):
@@ -96,6 +106,9 @@ class MaskSection(Section):
     """Which data the mask is trained on, and how."""
 
     preset: Literal["realign", "paper"] = "realign"
+    track: Literal["weights", "factors"] = "weights"
+    """What is masked. weights: every tensor of the model. factors: A and B of LoRA adapters, each by itself; `aligned` is then
+    the safety LoRA over `aligned_base`, the finetunes are LoRAs that continued it, and adapters come out."""
     preferences: Preferences
     """Preference pairs: a file of them (JSONL, JSON, CSV, parquet), `{hub: owner/name, revision: commit, split: train}`, or
     `{prompts: file}`, from which the models make pairs. `components/masks/shapes.py` has the columns that are understood."""
@@ -123,6 +136,14 @@ class MaskSection(Section):
         return resolve(self.preset, self.settings)
 
 
+class AdapterSection(Section):
+    """The realigned model of a finetune that came as a LoRA adapter leaves as one, too: the selected form's delta by
+    truncated SVD, measured by itself."""
+
+    rank: int | None = Field(default=None, ge=1)
+    """Its rank; null: that of the finetune's adapter, tensor by tensor."""
+
+
 class FusionSection(Section):
     """What is fused beside the realigned model, and which form is taken."""
 
@@ -137,6 +158,8 @@ class FusionSection(Section):
         default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1
     )
     """Scales that interpolation (α) and RESTA (γ) are tried with on the dev sets."""
+    adapter: AdapterSection | None = None
+    """Write an adapter beside the full models, of every finetune that came as one."""
 
 
 def _existing_set(chosen: SetSettings, info: ValidationInfo) -> SetSettings:
@@ -190,6 +213,10 @@ class RunConfig(Section):
 
     name: Name
     aligned: CheckpointDirectory
+    aligned_base: CheckpointDirectory | None = None
+    """mask.track factors: the model that the adapters `aligned` and `finetunes` belong to."""
+    aligned_base_equal: bool = False
+    """Declare that the base which the adapter `aligned` names is `aligned_base` under another name."""
     unaligned: CheckpointDirectory | None = None
     """What the aligned model was made from; RESTA needs it."""
     finetunes: tuple[FinetuneConfig, ...]
@@ -218,6 +245,11 @@ class RunConfig(Section):
                 )
         if "resta" in self.fusion.controls and self.unaligned is None:
             problems.append("the control resta needs `unaligned`, the model that the aligned one was made from")
+        problems += self._track_problems()
+        if self.fusion.adapter is not None and not any(f.is_adapter for f in self.finetunes):
+            problems.append(
+                "fusion.adapter: no finetune is a LoRA adapter; remove it, full models leave as full models"
+            )
         needs_dev = {"interpolation", "resta"} & set(self.fusion.controls)
         dev_harmful = any(s.split == "dev" and s.kind == "harmful" and s.counts for s in self.evaluation.sets)
         if not dev_harmful and (needs_dev or self.fusion.select == "auto"):
@@ -269,6 +301,41 @@ class RunConfig(Section):
             elif len(members) < 2:
                 problems.append(f"merge {merge.name} is of fewer than two finetunes")
         return problems
+
+    def _track_problems(self) -> list[str]:
+        """What is there, or missing, for the track that is wanted."""
+        if self.mask.track == "weights":
+            problems = ["aligned_base is for mask.track: factors; remove it"] if self.aligned_base is not None else []
+            if is_adapter(self.aligned):
+                problems.append(
+                    "aligned is a LoRA adapter: set mask.track: factors and aligned_base, or merge it and give the result"
+                )
+            return problems
+        problems = []
+        if self.aligned_base is None:
+            problems.append(
+                "mask.track: factors needs `aligned_base`, the model that the safety LoRA `aligned` is over"
+            )
+        whole = [f.name for f in self.finetunes if not f.is_adapter]
+        whole += [] if is_adapter(self.aligned) else ["aligned"]
+        if whole:
+            problems.append(f"mask.track: factors is for LoRA adapters, and these are none: {', '.join(whole)}")
+        scaled = [control for control in ("interpolation", "resta") if control in self.fusion.controls]
+        if scaled:
+            problems.append(
+                f"mask.track: factors: remove the controls {', '.join(scaled)}: weights are products of the factors, so "
+                "scaling both is no interpolation of weights"
+            )
+        if self.mode == "merge":
+            problems.append("mask.track: factors has no mode: merge, adapters' products do not merge by their factors")
+        if self.fusion.adapter is not None:
+            problems.append("mask.track: factors: remove fusion.adapter, adapters come out as they are")
+        return problems
+
+    @property
+    def base(self) -> Path:
+        """What a finetune that is an adapter is an adapter of."""
+        return self.aligned_base or self.aligned
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -343,6 +410,7 @@ def _suggestion(location: Location) -> str:
             "preferences": PreferenceData,
             "preferences_dev": PreferenceData,
             "fusion": FusionSection,
+            "adapter": AdapterSection,
             "evaluation": EvaluationSection,
             "sets": SetSettings,
             "tracking": TrackingSection,

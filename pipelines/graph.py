@@ -25,7 +25,7 @@ class Step:
     variant: str = ""
     """Which of the models (or masks) this row is about."""
     needs: str = ""
-    """The control that asks for this row; empty: always there."""
+    """The control (or `adapter`) that asks for this row; empty: always there."""
 
 
 def _fused(variant: str, *parents: str, needs: str = "") -> tuple[Step, Step]:
@@ -62,16 +62,21 @@ STEPS: tuple[Step, ...] = (
     *_fused("resta", "load_unaligned", "search_resta", needs="resta"),
     *_fused("paper_soft", "train_mask_paper", needs="paper"),
     *_fused("paper_binary", "train_mask_paper", needs="paper"),
+    Step("export_adapter", "export_adapter", "target",
+         ("load_aligned", "load", "fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary"), needs="adapter"),
+    Step("evaluate_adapter", "evaluate", "target", ("load_aligned", "export_adapter"), variant="adapter",
+         needs="adapter"),
     Step("register", "register", "target", ("fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary"), "action"),
 )  # fmt: skip
 
 
 def steps_of(config: RunConfig) -> list[Step]:
     """The rows that this run needs, parents before children."""
+    wanted = {"", *config.fusion.controls, *(["adapter"] if config.fusion.adapter is not None else [])}
     return [
         step
         for step in STEPS
-        if (not step.needs or step.needs in config.fusion.controls)
+        if step.needs in wanted
         and (step.name != "compare_deltas" or len(config.finetunes) > 1)
         and (step.scope != "merge" or config.merges)
         and (step.name != "register" or config.tracking.register_models)
@@ -109,11 +114,14 @@ def expand(config: RunConfig) -> list[Node]:
         "target": config.targets,
     }
     once = {step.name for step in steps if step.scope == "run"}
+    adapters = {finetune.name for finetune in config.finetunes if finetune.is_adapter}
     nodes: list[Node] = []
     for step in steps:
         for name in over[step.scope]:
             if step.stage == "train_mask" and name is not None and config.mask_owner(name) != name:
                 continue
+            if step.needs == "adapter" and name not in adapters:
+                continue  # it came whole, and leaves whole
             parents = [(p, p) if p in once else pair for p in step.parents for pair in _parents(p, step, name, config)]
             nodes.append(Node(step, name, tuple(dict.fromkeys(parents))))
     return nodes

@@ -36,18 +36,21 @@ def find_roots(config: RunConfig, cache: Path) -> Roots:
 
     Raises DataError that lists what is wrong with the data files: a run whose data is broken must not start.
     """
-    paths: dict[str, tuple[Path, Path | None, bool]] = {ALIGNED: (config.aligned, None, False)}
+    paths: dict[str, tuple[Path, Path | None, bool]] = {
+        ALIGNED: (config.aligned, config.aligned_base, config.aligned_base_equal)
+    }
     if config.unaligned is not None and "resta" in config.fusion.controls:
         paths[UNALIGNED] = (config.unaligned, None, False)
     for finetune in config.finetunes:
-        paths[f"finetune:{finetune.name}"] = (finetune.path, config.aligned, finetune.base_equal)
+        paths[f"finetune:{finetune.name}"] = (finetune.path, config.base, finetune.base_equal)
     models: dict[str, str] = {}
     errors: dict[str, RealignError] = {}
 
     def one(key: str) -> None:
         path, base, declared = paths[key]
+        factors = config.mask.track == "factors" and key != UNALIGNED
         try:
-            checkpoint = open_checkpoint(path, base=base, base_declared_equal=declared)
+            checkpoint = open_checkpoint(path, base=base, base_declared_equal=declared, factors=factors)
             _require_room(checkpoint, config.evaluation.max_new_tokens)
             models[key] = identify(checkpoint, cache=cache).sha256
         except RealignError as error:

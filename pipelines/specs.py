@@ -38,7 +38,7 @@ def build_spec(node: Node, *, config: RunConfig, roots: Roots, parents: dict[str
 
 def _checkpoints(config: RunConfig, name: str | None, parents: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Where the models lie that a stage reads, by role. Locations are execution: a moved model is the same model."""
-    places: dict[str, dict[str, Any]] = {"load_aligned": {"path": str(config.aligned)}}
+    places: dict[str, dict[str, Any]] = {"load_aligned": _place(config, None)}
     if config.unaligned is not None:
         places["load_unaligned"] = {"path": str(config.unaligned)}
     places |= {f"load:{other.name}": _place(config, other) for other in config.finetunes}
@@ -48,24 +48,34 @@ def _checkpoints(config: RunConfig, name: str | None, parents: dict[str, str]) -
     return {role: place for role, place in places.items() if role in parents}
 
 
-def _place(config: RunConfig, finetune: FinetuneConfig) -> dict[str, Any]:
-    return {"path": str(finetune.path), "base": str(config.aligned), "base_equal": finetune.base_equal}
+def _place(config: RunConfig, finetune: FinetuneConfig | None) -> dict[str, Any]:
+    """How the aligned model (None) or a finetune is opened."""
+    factors = {"factors": True} if config.mask.track == "factors" else {}
+    if finetune is not None:
+        base = {"base": str(config.base), "base_equal": finetune.base_equal}
+        return {"path": str(finetune.path), **base, **factors}
+    if config.aligned_base is None:
+        return {"path": str(config.aligned)}
+    base = {"base": str(config.aligned_base), "base_equal": config.aligned_base_equal}
+    return {"path": str(config.aligned), **base, **factors}
 
 
 def _load(node: Node, config: RunConfig, roots: Roots) -> Parts:
     if node.finetune is not None:
         [finetune] = config.members(node.finetune)
         place = _place(config, finetune)
-        identity = roots.models[f"finetune:{finetune.name}"]
-        semantics = {"role": "finetune", "identity": identity, "base_equal": finetune.base_equal}
+        semantics = {"role": "finetune", "identity": roots.models[f"finetune:{finetune.name}"]}
+    elif node.step.name == "load_unaligned":
+        place = {"path": str(config.unaligned)}
+        semantics = {"role": UNALIGNED, "identity": roots.models[UNALIGNED]}
     else:
-        role = UNALIGNED if node.step.name == "load_unaligned" else ALIGNED
-        path = config.unaligned if role == UNALIGNED else config.aligned
-        place = {"path": str(path)}
-        semantics = {"role": role, "identity": roots.models[role]}
+        place = _place(config, None)
+        semantics = {"role": ALIGNED, "identity": roots.models[ALIGNED]}
+    # How a model is opened decides what every later stage sees of it; where it lies does not.
+    semantics |= {key: place[key] for key in ("base_equal", "factors") if key in place}
     checkpoints = {"self": place}
     if semantics["role"] != ALIGNED:
-        checkpoints["load_aligned"] = {"path": str(config.aligned)}
+        checkpoints["load_aligned"] = _place(config, None)
     return semantics, {"checkpoints": checkpoints}
 
 
@@ -144,11 +154,19 @@ def _fuse(node: Node, config: RunConfig, roots: Roots) -> Parts:
     return {"fusion": settings.model_dump(mode="json")}, {}
 
 
+def _export_adapter(node: Node, config: RunConfig, roots: Roots) -> Parts:
+    assert config.fusion.adapter is not None
+    chosen = {"select": config.fusion.select, "max_asr": config.fusion.max_asr}
+    return {"rank": config.fusion.adapter.rank, **chosen}, {}
+
+
 def _evaluate(node: Node, config: RunConfig, roots: Roots) -> Parts:
     # Dev sets choose between the two forms of the realigned model; all other variants are only reported.
     splits = ("dev", "test") if node.step.variant in ("soft", "binary") else ("test",)
     semantics, execution = _sets([s for s in config.sets_of(node.finetune) if s.split in splits], roots)
     semantics["evaluation"] = _evaluation(config)
+    if config.aligned_base is not None:
+        execution["base"] = str(config.aligned_base)  # what is fused of adapters is an adapter
     return semantics, {**execution, "batch_size": config.execution.batch_size}
 
 
@@ -164,5 +182,6 @@ _BUILDERS: dict[str, Callable[[Node, RunConfig, Roots], Parts]] = {
     "train_mask": _train_mask,
     "search_scale": _search_scale,
     "fuse": _fuse,
+    "export_adapter": _export_adapter,
     "evaluate": _evaluate,
 }

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from components.evaluation.choose import choose_form
 from components.evaluation.compare import compare_outcomes, flipped
 from components.evaluation.outcomes import Outcome, read_answers
 from components.evaluation.settings import SetSettings
@@ -48,7 +49,7 @@ def _model(run: RunState, name: str) -> FinetuneSummary:
         "error": failure.complaint if failure else None,
         "seconds": _seconds(run, name),
     }
-    measured = {v: run.record(name, f"evaluate_{v}") for v in ("before", *_AFTER, *_CONTROLS)}
+    measured = {v: run.record(name, f"evaluate_{v}") for v in ("before", *_AFTER, "adapter", *_CONTROLS)}
     entry["before"] = _rates(measured["before"])
     entry["after_soft"], entry["after_binary"] = _rates(measured["soft"]), _rates(measured["binary"])
     entry["controls"] = {v: rates for v in _CONTROLS if (rates := _rates(measured[v])) is not None}
@@ -56,6 +57,7 @@ def _model(run: RunState, name: str) -> FinetuneSummary:
     fused = {form: run.record(name, f"fuse_{form}") for form in _AFTER}
     entry["fused"] = {form: str(run.result_dir(r) / "model") for form, r in fused.items() if r}  # type: ignore[typeddict-item]
     entry["selected"] = _selected(run, measured)
+    _add_adapter(run, entry, measured["adapter"])
     entry["registry"] = None
     _add_statistics(run, entry)
     _add_comparisons(run, entry, measured)
@@ -68,8 +70,28 @@ def _notes(run: RunState, name: str) -> list[str]:
     records = [s.record for s in run.nodes.values() if s.node.finetune == name and s.record is not None]
     owner = run.config.mask_owner(name)
     lent = [f"the mask was trained on {owner}"] if owner != name else []
-    missing = [f"control {control} is missing: {s.complaint}" for control, s in run.failed_controls(name).items()]
+    whole = any(f.name == name and not f.is_adapter for f in run.config.finetunes)
+    lent += ["came as a full model, so it leaves as one: no adapter"] if run.config.fusion.adapter and whole else []
+    missing = [f"{_extra(what)} is missing: {s.complaint}" for what, s in run.failed_controls(name).items()]
     return list(dict.fromkeys([*(note for record in records for note in record.notes), *lent, *missing]))
+
+
+def _extra(what: str) -> str:
+    return "the adapter" if what == "adapter" else f"control {what}"
+
+
+def _add_adapter(run: RunState, entry: FinetuneSummary, measured: Record | None) -> None:
+    """The low-rank adapter of the selected form, where one was asked for."""
+    exported = run.record(entry["name"], "export_adapter")
+    if exported is not None:
+        entry["adapter"] = {
+            "path": str(run.result_dir(exported) / "adapter"),
+            "form": exported.metrics["form"],
+            "error": exported.metrics["error"],
+        }
+    rates = _rates(measured)
+    if rates is not None:
+        entry["after_adapter"] = rates
 
 
 def _rates(record: Record | None, split: str = "test") -> Rates | None:
@@ -86,20 +108,9 @@ def _control_settings(run: RunState, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _selected(run: RunState, measured: dict[str, Record | None]) -> Any:
-    """The form to serve. `auto` looks at dev alone: safe enough first, then skill, then few refusals of benign prompts."""
-    there = [form for form in _AFTER if measured[form] is not None]
-    if run.config.fusion.select != "auto":
-        return run.config.fusion.select if run.config.fusion.select in there else None
-
-    def goodness(form: str) -> tuple[float, float, float]:
-        rates: dict[str, Any] = dict(_rates(measured[form], "dev") or {})
-        asr = rates["asr"]["value"]
-        too_unsafe = max(asr - run.config.fusion.max_asr, 0.0)
-        skill = rates["task"]["value"] if "task" in rates else 0.0
-        refusals = rates["over_refusal"]["value"] if "over_refusal" in rates else 0.0
-        return (-too_unsafe, skill, -refusals)
-
-    return max(there, key=goodness, default=None)
+    """The form to serve."""
+    there = {form: dict(_rates(record, "dev") or {}) for form in _AFTER if (record := measured[form]) is not None}
+    return choose_form(there, select=run.config.fusion.select, max_asr=run.config.fusion.max_asr)
 
 
 def _add_statistics(run: RunState, entry: FinetuneSummary) -> None:
@@ -157,7 +168,7 @@ def failures(run: RunState) -> list[str]:
             causes.setdefault(f" failed at {failure.complaint}", []).append(name)
             told.add(failure.node.id)
         for control, state in run.failed_controls(name).items():
-            causes.setdefault(f": control {control} is missing: {state.complaint}", []).append(name)
+            causes.setdefault(f": {_extra(control)} is missing: {state.complaint}", []).append(name)
             told.add(state.node.id)
     others = [s for s in run.nodes.values() if s.node.finetune is None and s.error and s.node.id not in told]
     return [f"{', '.join(names)}{cause}" for cause, names in causes.items()] + [s.complaint for s in others]

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from components.checkpoints.loading import empty_causal_lm
+from components.checkpoints.factors import FactorSource, add_factors
+from components.checkpoints.loading import empty_causal_lm, load_causal_lm
 from components.checkpoints.source import TensorSource
-from components.masks.loading import build_masked_model, checkpointed_layers
+from components.masks.loading import base_model, build_masked_model, checkpointed_layers, source_parameters
 from components.masks.objective import ONE, Forwards
 from components.masks.ranks import ALONE, Ranks, TorchRanks
 from components.masks.settings import MaskSettings
@@ -29,7 +30,7 @@ class PartitionedParameter(ShardedParameter):
     """A parameter of which DeepSpeed keeps this rank's partition and gathers the rest when a layer needs it (ZeRO-3)."""
 
     def __init__(self, parameter: Any, ranks: Ranks) -> None:
-        super().__init__(parameter, tuple(parameter.ds_shape), ranks, eager=True)
+        super().__init__(parameter, tuple(parameter.ds_shape), ranks, eager=parameter.requires_grad)
         assert parameter.ds_tensor.numel() == self.run, "DeepSpeed cuts parameters otherwise than it did"
 
     @property
@@ -44,7 +45,7 @@ def sharded(zero: ZeroSettings, *, device: torch.device | str = "cpu") -> Engine
 
     def make(model_dir: Path, aligned: TensorSource, finetune: TensorSource, settings: MaskSettings) -> ShardedEngine:
         ranks = TorchRanks(device)
-        model, release = _model(model_dir, zero, device)
+        model, release = _model(model_dir, zero, ranks, aligned, device)
         layers = checkpointed_layers(model) if zero.activation_checkpointing else []
         homes: list[Any] = []
 
@@ -80,10 +81,14 @@ def _home(parameter: torch.nn.Parameter, zero: ZeroSettings, ranks: Ranks) -> An
     return SplitParameter(parameter, ranks, eager=zero.stage == 2)
 
 
-def _model(model_dir: Path, zero: ZeroSettings, device: torch.device | str) -> tuple[Any, Callable[[], None] | None]:
-    """The unfilled model, and what lets go of weights that a backward left gathered."""
+def _model(
+    model_dir: Path, zero: ZeroSettings, ranks: Ranks, aligned: TensorSource, device: torch.device | str
+) -> tuple[Any, Callable[[], None] | None]:
+    """The model, unfilled but for a base under LoRA layers, and what lets go of weights that a backward left gathered."""
+    on_factors = isinstance(aligned, FactorSource)
     if zero.stage < 3:
-        return empty_causal_lm(model_dir).to(device), None
+        load = load_causal_lm if on_factors else empty_causal_lm
+        return base_model(load, model_dir, aligned).to(device), None
     import deepspeed
 
     without_shared_memory_op()
@@ -100,8 +105,18 @@ def _model(model_dir: Path, zero: ZeroSettings, device: torch.device | str) -> t
     }
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = empty_causal_lm(model_dir)
+    if isinstance(aligned, FactorSource):
+        _fill(model, aligned.base, ranks, model_dir)
+        model = add_factors(model, aligned)  # whole on every rank until DeepSpeed takes them over
     engine, *_ = deepspeed.initialize(model=model, config=config)
     return model, engine.optimizer.partition_all_parameters
+
+
+def _fill(model: torch.nn.Module, base: TensorSource, ranks: Ranks, where: Path) -> None:
+    """Put this rank's part of the base into its partitions, where it stays."""
+    for name, parameter in source_parameters(model.requires_grad_(False), base, where).items():
+        home = PartitionedParameter(parameter, ranks)
+        home.place.copy_(base.read(name, home.start, home.stop))
 
 
 def without_shared_memory_op() -> None:

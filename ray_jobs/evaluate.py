@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from components.evaluation.evaluate import evaluate_model
@@ -36,9 +37,13 @@ def run(context: StageContext) -> Outcome:
 
 
 def _model(context: StageContext) -> tuple[Any, Any]:
-    """A fused model as it was published, or a root model (an adapter over its base)."""
+    """A fused model or an exported adapter as it was published, or a root model (an adapter over its base)."""
+    if "export_adapter" in context.parents:
+        aligned = checkpoint(context, "load_aligned").path
+        return load_model(context.parent_dir("export_adapter") / "adapter", base=aligned)
     fused = next((role for role in context.parents if role.startswith("fuse_")), None)
     if fused is not None:
-        return load_model(context.parent_dir(fused) / "model")
+        base = context.spec.execution.get("base")
+        return load_model(context.parent_dir(fused) / "model", base=Path(base) if base else None)
     root = checkpoint(context, "load" if "load" in context.parents else "load_aligned")
     return load_model(root.path, base=root.base.path if root.base else None, tokenizer_dir=root.tokenizer_dir)

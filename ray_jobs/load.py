@@ -30,7 +30,9 @@ def run(context: StageContext) -> Outcome:
         require_compatible(aligned, model)
         notes += _template_note(aligned, model)
     require_finite(model)
-    if context.spec.semantics["role"] == "finetune":
+    if context.spec.semantics["role"] == "aligned" and model.base is not None:
+        require_finite(model.base)
+    if context.spec.semantics["role"] == "finetune" and not context.spec.semantics.get("factors"):
         require_near(aligned, model)
     specs = [model.source.spec(name) for name in model.source.names()]
     dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in specs)

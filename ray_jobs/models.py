@@ -47,4 +47,5 @@ def _open(place: dict[str, Any]) -> Checkpoint:
         Path(place["path"]),
         base=Path(base) if base else None,
         base_declared_equal=bool(place.get("base_equal", False)),
+        factors=bool(place.get("factors", False)),
     )

@@ -33,6 +33,7 @@ VERSIONS: dict[str, int] = {
     "train_mask": 1,
     "search_scale": 1,
     "fuse": 1,
+    "export_adapter": 1,
     "evaluate": 1,
 }
 """stage -> version, part of every fingerprint. `ray_jobs.<stage>.run` is the stage's function. Raise the version when the

@@ -25,7 +25,7 @@ from components.errors import CheckpointError, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _TILE_ELEMENTS = 1 << 20
 _FACTORS = {
     ".lora_A.weight": ("A", False),
@@ -54,10 +54,12 @@ _REFUSED: Mapping[str, str] = {
 @dataclass(frozen=True)
 class LoraPair:
     """The factors of one adapted weight: A is (rank, in), B is (out, rank), the weight (out, in), or (in, out) when
-    `transposed`. Names are those in the adapter's file."""
+    `transposed`. Names of factors are those in the adapter's file, `module` is the base's."""
 
+    module: str
     a: str
     b: str
+    rank: int
     scaling: float
     transposed: bool
 
@@ -78,13 +80,15 @@ class LoraSource:
         self.base = base
         self.config = read_adapter_config(adapter_dir)
         header = _open_weights(adapter_dir)
-        self._file = MappedFile(header)
+        self.weights = MappedFile(header)
+        """The adapter's file."""
         self.files = [adapter_dir / ADAPTER_CONFIG, header.path]
         parsed = _Parsed.of(header, self.config)
         self._pairs, self._replaced, problems = _fit(parsed, header, self.config, base, model_type)
         problems = parsed.problems + problems
         if problems:
             raise CheckpointError(f"{adapter_dir}: {listed(problems)}")
+        self._saved = parsed.replaced
         self._tile: tuple[str, int, torch.Tensor] | None = None
 
     def names(self) -> list[str]:
@@ -99,6 +103,14 @@ class LoraSource:
         """Names of the tensors that the adapter changes."""
         return sorted({*self._pairs, *self._replaced})
 
+    def pairs(self) -> Mapping[str, LoraPair]:
+        """Tensor -> its factors."""
+        return self._pairs
+
+    def saved(self) -> Mapping[str, str]:
+        """Key in the adapter's file -> the tensor whose place it takes. Both ends of a tie may be there."""
+        return {key: self.aliases().get(name, name) for name, key in self._saved.items()}
+
     def spec(self, name: str) -> TensorSpec:
         """The base's spec; fp32 where a LoRA product is added, the saved dtype where the adapter replaces the
         tensor."""
@@ -107,7 +119,7 @@ class LoraSource:
         if name in self._pairs:
             return TensorSpec(dtype=torch.float32, shape=spec.shape)
         if name in self._replaced:
-            return self._file.header.tensors[self._replaced[name]].spec
+            return self.weights.header.tensors[self._replaced[name]].spec
         return spec
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -115,7 +127,7 @@ class LoraSource:
         name = self.aliases().get(name, name)
         stop = self.spec(name).numel if stop is None else stop
         if name in self._replaced:
-            weight = self._file.read(self._replaced[name], start, stop)
+            weight = self.weights.read(self._replaced[name], start, stop)
         else:
             weight = self.base.read(name, start, stop)
         if name not in self._pairs:
@@ -149,8 +161,8 @@ class LoraSource:
         return scaled
 
     def _factor(self, key: str) -> torch.Tensor:
-        spec = self._file.header.tensors[key].spec
-        return self._file.read(key, 0, spec.numel).reshape(spec.shape).float()
+        spec = self.weights.header.tensors[key].spec
+        return self.weights.read(key, 0, spec.numel).reshape(spec.shape).float()
 
 
 def read_adapter_config(adapter_dir: Path) -> dict[str, Any]:
@@ -193,7 +205,7 @@ class _Parsed:
         replaced: dict[str, str] = {}
         problems: list[str] = []
         for key in sorted(header.tensors):
-            plain = key.removeprefix(_PREFIX)
+            plain = key.removeprefix(PREFIX)
             suffix = next((s for s in _FACTORS if plain.endswith(s)), None)
             if suffix is not None:
                 module = plain.removesuffix(suffix)
@@ -264,7 +276,7 @@ def _pair(
         return [f"module {module}: embedding factors do not fit the base's {list(weight.shape)}"], None
     alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return [], LoraPair(a=keys["A"], b=keys["B"], scaling=scaling, transposed=transposed)
+    return [], LoraPair(module, keys["A"], keys["B"], rank, scaling, transposed)
 
 
 def _stored_transposed(module: str, config: Mapping[str, Any], model_type: str | None) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from components.checkpoints.factors import FactorSource
 from components.checkpoints.reference import Checkpoint
 from components.checkpoints.source import TensorSource, blocks
 from components.errors import CheckpointError, listed
@@ -56,6 +57,7 @@ def compare(a: Checkpoint, b: Checkpoint) -> list[str]:
     return [
         *_compare_configs(a.config, b.config),
         *compare_tensors(a.source, b.source),
+        *_compare_scalings(a.source, b.source),
         *_compare_vocabularies(a.tokenizer_dir, b.tokenizer_dir),
     ]
 
@@ -164,6 +166,12 @@ def _compare_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         for key in _STRUCTURE
         if key in a and key in b and a[key] != b[key]
     ]
+
+
+def _compare_scalings(a: TensorSource, b: TensorSource) -> list[str]:
+    if isinstance(a, FactorSource) and isinstance(b, FactorSource):
+        return a.scaling_differences(b)
+    return []
 
 
 def _compare_vocabularies(a: Path, b: Path) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from components.checkpoints.adapters import ADAPTER_CONFIG, LoraSource
+from components.checkpoints.factors import FactorSource
 from components.checkpoints.identity import weights_digest
 from components.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsSource, read_json
 from components.checkpoints.source import TensorSource
@@ -34,13 +35,16 @@ class Checkpoint:
     """What was taken on trust, for the record."""
 
 
-def open_checkpoint(path: Path, *, base: Path | None = None, base_declared_equal: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, base: Path | None = None, base_declared_equal: bool = False, factors: bool = False
+) -> Checkpoint:
     """Open a model directory or a LoRA adapter directory; reads headers and JSON only.
 
     Args:
         path: what `save_pretrained` of transformers or PEFT wrote.
         base: the model that an adapter belongs to (required there); lends a checkpoint without a tokenizer its own.
         base_declared_equal: the user says that `base` is what the adapter was trained on, though it names another.
+        factors: `source` is an adapter's factors, not the weights that it makes of its base.
 
     Raises CheckpointError with everything that is wrong with it.
     """
@@ -53,11 +57,17 @@ def open_checkpoint(path: Path, *, base: Path | None = None, base_declared_equal
         raise CheckpointError(
             f"{path}: has model weights and {ADAPTER_CONFIG}; keep the adapter in a directory of its own"
         )
+    if factors and not is_adapter:
+        raise CheckpointError(f"{path}: is no LoRA adapter; mask.track: factors is for adapters over one base alone")
     if not is_adapter:
         return _open_full(path, base)
     if base is None:
         raise CheckpointError(f"{path}: is an adapter; name its base model")
-    return _open_adapter(path, open_checkpoint(base), base_declared_equal)
+    opened = _open_adapter(path, open_checkpoint(base), base_declared_equal)
+    if factors:
+        assert isinstance(opened.source, LoraSource)
+        return replace(opened, source=FactorSource(opened.source))
+    return opened
 
 
 def _open_full(path: Path, base: Path | None) -> Checkpoint:
@@ -112,7 +122,8 @@ def _check_base(path: Path, base: Checkpoint, declared_equal: bool) -> tuple[str
         return ()
     raise CheckpointError(
         f"{path}: the adapter was trained on {named}, not on {base.path}; "
-        "give that model as the aligned one, or, if the two are equal, say so (base_equal: true under the finetune)"
+        "give that model as the aligned one, or, if the two are equal, say so (base_equal: true under the finetune; "
+        "aligned_base_equal: true where it is the aligned adapter)"
     )
 
 

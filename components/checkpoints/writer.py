@@ -76,12 +76,18 @@ class CheckpointWriter:
         out_dir: an existing or new directory without weights.
         specs: every tensor that will be written, with dtype and shape.
         max_shard_bytes: files hold at most this much (a larger tensor has a file of its own).
+        single_file: the name of the one file that takes everything, instead of shards.
 
     Raises CheckpointError for dtypes that safetensors lacks, StorageError when the disk refuses or is too small.
     """
 
     def __init__(
-        self, out_dir: Path, specs: Mapping[str, TensorSpec], *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+        self,
+        out_dir: Path,
+        specs: Mapping[str, TensorSpec],
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        single_file: str | None = None,
     ) -> None:
         odd = [f"{n} ({s.dtype})" for n, s in sorted(specs.items()) if s.dtype not in DTYPE_CODES]
         if odd:
@@ -89,7 +95,7 @@ class CheckpointWriter:
         assert specs, "a checkpoint without tensors"
         self.out_dir = out_dir
         self.bytes_written = 0
-        self._plan = plan_shards(specs, max_shard_bytes)
+        self._plan = {single_file: sorted(specs)} if single_file else plan_shards(specs, max_shard_bytes)
         self._specs = dict(specs)
         self._written = {name: _Ranges() for name in specs}
         self._lock = threading.Lock()
@@ -243,7 +249,7 @@ def copy_side_files(
             break
     for source in (tokenizer_dir, model_dir, fallback_dir):
         if source is not None and has_tokenizer(source):
-            written += _copy_tokenizer(source, out_dir)
+            written += copy_tokenizer(source, out_dir)
             break
     return written
 
@@ -265,7 +271,8 @@ def write_json(path: Path, value: Any) -> None:
     _fsync_path(path)
 
 
-def _copy_tokenizer(source: Path, out_dir: Path) -> list[str]:
+def copy_tokenizer(source: Path, out_dir: Path) -> list[str]:
+    """A directory's tokenizer and chat templates. Returns the names written."""
     names = []
     for path in tokenizer_files(source):
         relative = path.relative_to(source)

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from components.checkpoints.adapter_files import copy_adapter_files
+from components.checkpoints.adapters import ADAPTER_WEIGHTS
 from components.checkpoints.compare import require_compatible
+from components.checkpoints.factors import FactorSource
 from components.checkpoints.reference import Checkpoint
-from components.checkpoints.source import TensorSource, TensorSpec
+from components.checkpoints.source import TensorSource
 from components.checkpoints.writer import CheckpointWriter, copy_side_files
 from components.fusion.fused import BLOCK, FusedBlock, FusedSource, one_thread
 from components.fusion.methods import Mask
@@ -95,7 +98,8 @@ def fuse_checkpoint(
     block: int = BLOCK,
     progress: Progress | None = None,
 ) -> FuseReport:
-    """Write the fused model: weights, config, generation config, tokenizer, chat template; ready for `from_pretrained`.
+    """Write the fused model: weights, config, generation config, tokenizer, chat template; ready for `from_pretrained`. Of two
+    adapters' factors the result is an adapter, ready for PEFT.
 
     Memory is a few blocks whatever the model's size; the result does not depend on `block`. The tokenizer and configs
     are the finetune's (it is the finetune that goes back into service), the aligned model's where it has none.
@@ -130,8 +134,12 @@ def fuse_checkpoint(
             counts[name].add(b)
             writer.write(name, b.start, b.values)
 
-    write = _write(source, inputs, out_dir, settings.max_shard_bytes, sink, progress)
-    write.files += _side_files(source, finetune, aligned, out_dir)
+    if isinstance(finetune.source, FactorSource):
+        write = _write(source, inputs, out_dir, sink, progress, single_file=ADAPTER_WEIGHTS)
+        write.files += copy_adapter_files(finetune, out_dir)
+    else:
+        write = _write(source, inputs, out_dir, sink, progress, max_shard_bytes=settings.max_shard_bytes)
+        write.files += _side_files(source, finetune, aligned, out_dir)
     report = FuseReport(
         method=source.method.name,
         paper=source.method.paper,
@@ -166,18 +174,17 @@ def _write(
     source: TensorSource,
     inputs: list[TensorSource],
     out_dir: Path,
-    max_shard_bytes: int,
     sink: Callable[[str, CheckpointWriter], None],
     progress: Progress | None,
-    specs: dict[str, TensorSpec] | None = None,
+    **options: Any,
 ) -> _Written:
-    """Drive the writer over every tensor, in the order in which the files hold them."""
-    specs = specs or {n: source.spec(n) for n in source.names()}
+    """Drive the writer over every tensor, in the order in which the files hold them. `options` are the writer's."""
+    specs = {n: source.spec(n) for n in source.names()}
     cost = {n: specs[n].nbytes + sum(i.spec(n).nbytes for i in inputs) for n in specs}
     total = sum(cost.values())
     began = last = time.monotonic()
     done = 0
-    with one_thread(), CheckpointWriter(out_dir, specs, max_shard_bytes=max_shard_bytes) as writer:
+    with one_thread(), CheckpointWriter(out_dir, specs, **options) as writer:
         for name in source.names():
             sink(name, writer)
             done += cost[name]

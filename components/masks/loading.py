@@ -9,15 +9,37 @@ from typing import Any
 
 import torch
 
+from components.checkpoints.factors import FactorSource, add_factors, factor_parameters
 from components.checkpoints.source import TensorSource
 from components.errors import CheckpointError, ConfigError, listed
 from components.masks.masked_model import MaskedModel
 from components.masks.settings import MaskSettings
-from components.masks.slices import Home, MaskedSlice, UnmaskedSlice, WholeParameter
+from components.masks.slices import Home, MaskedSlice, UnmaskedSlice, WholeParameter, finetuned_elements
 
 
-def _source_names(model: torch.nn.Module, source: TensorSource, where: Path) -> dict[str, torch.nn.Parameter]:
-    """source name -> the parameter it fills. A tied parameter has several names in the model, one in the source."""
+def base_model(load: Callable[[Path], Any], model_dir: Path, aligned: TensorSource) -> Any:
+    """What `load` makes of the directory, with LoRA layers where the mask is on an adapter's factors."""
+    model = load(model_dir)
+    return add_factors(model, aligned) if isinstance(aligned, FactorSource) else model
+
+
+def source_parameters(model: torch.nn.Module, source: TensorSource, where: Path) -> dict[str, torch.nn.Parameter]:
+    """source name -> the parameter it fills. Raises CheckpointError for parameters that it does not name; under factors lies a
+    base that it need not."""
+    if not isinstance(source, FactorSource):
+        return _whole_model(model, source, where)
+    found = factor_parameters(model)
+    differing = sorted(found.keys() ^ set(source.names()))
+    if differing:
+        raise CheckpointError(
+            f"{source.adapter_dir}: its config makes other LoRA layers than its file holds: {listed(differing)}; "
+            "save it again with PEFT"
+        )
+    return found
+
+
+def _whole_model(model: torch.nn.Module, source: TensorSource, where: Path) -> dict[str, torch.nn.Parameter]:
+    """A tied parameter has several names in the model, one in the source."""
     listed_names, aliases = set(source.names()), source.aliases()
     found: dict[str, torch.nn.Parameter] = {}
     missing: list[str] = []
@@ -68,7 +90,7 @@ def build_masked_model(
 ) -> MaskedModel:
     """The model with every byte read that its homes own, and no other. `where` names the aligned model in errors, `options`
     are MaskedModel's. Raises CheckpointError for parameters that the sources do not name or whose shapes differ."""
-    parameters = _source_names(model, aligned, where)
+    parameters = source_parameters(model, aligned, where)
     finetune_names, finetune_aliases = set(finetune.names()), finetune.aliases()
     masked = _chosen(sorted(parameters), settings)
     wrong: list[str] = []
@@ -84,16 +106,14 @@ def build_masked_model(
         if shapes != (here.shape,) * 2:
             wrong.append(f"{name}: aligned {list(shapes[0])}, finetune {list(shapes[1])}, model {list(here.shape)}")
             continue
-        device = here.weights.device
-        stored = [
-            source.read(n, here.start, here.stop).to(device) for source, n in ((aligned, name), (finetune, other))
-        ]
+        safe = aligned.read(name, here.start, here.stop).to(here.weights.device)
+        tuned = finetuned_elements(finetune, other, here)
         parameters[name].requires_grad_(name in masked)
         if name in masked:
             logits = torch.full_like(here.weights, settings.init_logit, dtype=logits_dtype)
-            slices.append(MaskedSlice(name, here, stored[0], stored[1], logits))
+            slices.append(MaskedSlice(name, here, safe, tuned, logits))
         else:
-            unmasked.append(UnmaskedSlice(name, here, stored[0], stored[1]))
+            unmasked.append(UnmaskedSlice(name, here, safe, tuned))
     if wrong:
         raise CheckpointError(f"{where}: the finetune does not fit the aligned model: {listed(wrong)}")
     return MaskedModel(model, slices, settings, unmasked=unmasked, **options)

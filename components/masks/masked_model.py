@@ -78,7 +78,9 @@ class MaskedModel:
             self._fuse(lambda p, low, high: _expected(p.logits[low:high], weights))
         else:
             for p in self.packs:
-                p.weights.copy_(p.aligned if weights == "aligned" else p.finetuned)
+                stored = p.aligned if weights == "aligned" else p.finetuned
+                for low, high in p.pieces():
+                    p.weights[low:high].copy_(stored[low:high])
         self._published()
 
     @torch.no_grad()
@@ -156,7 +158,7 @@ class MaskedModel:
 
     def _write_unmasked(self, weights: Weights) -> None:
         for plain in self.unmasked:
-            plain.weights.copy_(plain.aligned if weights == "aligned" else plain.finetuned)
+            plain.weights.copy_((plain.aligned if weights == "aligned" else plain.finetuned)[:])
 
     def _sample(self, p: Pack, low: int, high: int, step: int, temperature: float) -> torch.Tensor:
         """s of elements [low, high) of a pack. Not to be written into."""

@@ -8,7 +8,8 @@ from typing import Protocol
 
 import torch
 
-from components.checkpoints.source import blocks
+from components.checkpoints.adapters import LoraSource
+from components.checkpoints.source import TensorSource, blocks
 from components.masks.concrete import BLOCK, Segment
 
 SMALL = 2 * BLOCK
@@ -61,6 +62,36 @@ class WholeParameter:
         self.parameter.data = weights.view(self.shape)
 
 
+@dataclass(frozen=True)
+class FactoredSlice:
+    """Elements [start, stop) of a LoRA finetune's tensor, merged anew from base and factors whenever a piece of them is asked
+    for: the bits that the source reads, and 4 bytes an element less to hold."""
+
+    source: LoraSource
+    name: str
+    start: int
+    stop: int
+
+    def __getitem__(self, piece: slice) -> torch.Tensor:
+        low, high, _ = piece.indices(self.stop - self.start)
+        return self.source.read(self.name, self.start + low, self.start + high)
+
+
+Stored = torch.Tensor | FactoredSlice
+"""1-D elements that pieces are taken of."""
+
+
+def finetuned_elements(source: TensorSource, name: str, home: Home) -> Stored:
+    """The finetune's elements of a home: as stored, or as factors where those take less room and the CPU works on them (a GPU
+    would wait for their products)."""
+    size, device = home.stop - home.start, home.weights.device
+    if isinstance(source, LoraSource) and device.type == "cpu" and size >= SMALL:
+        pair = source.pairs().get(name)
+        if pair is not None and pair.rank * sum(source.spec(name).shape) < size:
+            return FactoredSlice(source, name, home.start, home.stop)
+    return source.read(name, home.start, home.stop).to(device)
+
+
 @dataclass
 class MaskedSlice:
     """The elements of one tensor that are here: none, some or all. `aligned`, `finetuned`: as stored; `logits`: the mask's,
@@ -69,7 +100,7 @@ class MaskedSlice:
     name: str
     home: Home
     aligned: torch.Tensor
-    finetuned: torch.Tensor
+    finetuned: Stored
     logits: torch.Tensor
 
     @property
@@ -95,7 +126,7 @@ class UnmaskedSlice:
     name: str
     home: Home
     aligned: torch.Tensor
-    finetuned: torch.Tensor
+    finetuned: Stored
 
     @property
     def weights(self) -> torch.Tensor:
@@ -111,7 +142,7 @@ class Pack:
     first: int
     """Index of the first slice among all."""
     aligned: torch.Tensor
-    finetuned: torch.Tensor
+    finetuned: Stored
     logits: torch.Tensor
     weights: torch.Tensor
 
@@ -185,7 +216,7 @@ def _pack(slices: list[MaskedSlice], first: int) -> Pack:
         slices,
         first,
         aligned=torch.cat([s.aligned.to(dtype) for s in slices]),
-        finetuned=torch.cat([s.finetuned.to(dtype) for s in slices]),
+        finetuned=torch.cat([s.finetuned[:].to(dtype) for s in slices]),
         logits=torch.cat([s.logits for s in slices]),
         weights=torch.cat([s.weights for s in slices]),
     )

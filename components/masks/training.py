@@ -19,7 +19,7 @@ from components.errors import DataError, StorageError
 from components.masks.artifact import MaskArtifact, write_artifact
 from components.masks.data import PreferenceData, load_prompts
 from components.masks.engine import Batch, TorchEngine
-from components.masks.loading import build_masked_model, checkpointed_layers
+from components.masks.loading import base_model, build_masked_model, checkpointed_layers
 from components.masks.pairs import answered, open_pairs
 from components.masks.preferences import Schedule, encode_prompt
 from components.masks.prepare import Prepared, prepare
@@ -51,7 +51,7 @@ def one_process(zero: ZeroSettings) -> EngineMaker:
     """Makes the engine of a process that has the whole model to itself: of ZeRO, only what saves memory in one."""
 
     def make(model_dir: Path, aligned: TensorSource, finetune: TensorSource, settings: MaskSettings) -> TorchEngine:
-        model = load_causal_lm(model_dir)
+        model = base_model(load_causal_lm, model_dir, aligned)
         layers = checkpointed_layers(model) if zero.activation_checkpointing else []
         masked = build_masked_model(model=model, aligned=aligned, finetune=finetune, settings=settings, where=model_dir)
         return TorchEngine(masked, accumulate=zero.accumulate, layers=layers)

@@ -76,7 +76,7 @@ def _outcome(one: FinetuneSummary) -> dict[str, Any]:
 def _set_table(one: FinetuneSummary) -> dict[str, Any]:
     """Every metric of every set of every variant: `models` are the columns, `lines` (set, metric, intervals)."""
     variants = {"before": one.get("before"), "soft": one.get("after_soft"), "binary": one.get("after_binary")}
-    variants.update(one.get("controls", {}))
+    variants.update({"adapter": one.get("after_adapter"), **one.get("controls", {})})
     measured = {label: rates.get("sets", {}) for label, rates in variants.items() if rates}
     keys = dict.fromkeys((s, metric) for sets in measured.values() for s, found in sets.items() for metric in found)
     lines = [(s, metric, [sets.get(s, {}).get(metric) for sets in measured.values()]) for s, metric in keys]

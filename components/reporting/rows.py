@@ -53,7 +53,7 @@ def shown_columns(summary: RunSummary) -> tuple[Column, ...]:
 
 
 def rows(summary: RunSummary) -> list[Row]:
-    """The aligned model, then each finetune's models: before, soft, binary, controls in the order of the summary."""
+    """The aligned model, then each finetune's models: before, soft, binary, adapter, controls in the order of the summary."""
     columns = shown_columns(summary)
     found: list[Row] = []
     if summary["aligned"]:
@@ -105,7 +105,7 @@ def _models(summary: RunSummary) -> Iterator[tuple[str, str, Rates | None]]:
 
 def _variants(one: FinetuneSummary) -> Iterator[tuple[str, Rates]]:
     first = (("before", one.get("before")), ("soft", one.get("after_soft")), ("binary", one.get("after_binary")))
-    for label, rates in (*first, *one.get("controls", {}).items()):
+    for label, rates in (*first, ("adapter", one.get("after_adapter")), *one.get("controls", {}).items()):
         if rates:
             yield label, rates
 

@@ -101,6 +101,16 @@ class FusedPaths(TypedDict, total=False):
     binary: str
 
 
+class AdapterSummary(TypedDict):
+    """The realigned model as a LoRA adapter over the aligned one."""
+
+    path: str
+    form: Literal["soft", "binary"]
+    """Of which fused model."""
+    error: Finite
+    """‖Δ − B A‖ / ‖Δ‖ over all adapted tensors, Frobenius."""
+
+
 class RegistryEntry(TypedDict):
     name: str
     version: str
@@ -119,6 +129,9 @@ class FinetuneSummary(TypedDict):
     before: NotRequired[Rates | None]
     after_soft: NotRequired[Rates | None]
     after_binary: NotRequired[Rates | None]
+    after_adapter: NotRequired[Rates]
+    """Of the adapter over the aligned model."""
+    adapter: NotRequired[AdapterSummary]
     controls: NotRequired[dict[str, Rates]]
     """control name (interpolation, resta, random_mask, paper_soft, paper_binary, …) -> its rates."""
     control_settings: NotRequired[dict[str, dict[str, Any]]]

@@ -23,6 +23,8 @@ def small_config(directory: Path, *, finetunes: tuple[str, ...] = ("zh", "hi"), 
     config["finetunes"] = [f for f in config["finetunes"] if f["name"] in finetunes]
     config["mask"]["settings"] = {**config["mask"].get("settings", {}), "steps": steps}
     config["fusion"] = {"controls": ["interpolation", "random_mask"], "candidates": [0.3, 0.6]}
+    if "hi" in finetunes:  # the family's LoRA adapter
+        config["fusion"]["adapter"] = {"rank": 3}
     tasks = {"zh", "en", "hi", "code", "math"}
     sets = [s for s in config["evaluation"]["sets"] if s["name"] not in tasks - set(finetunes)]
     config["evaluation"]["sets"] = [{**s, "limit": KINDS_OF_PROMPTS} for s in sets]

@@ -97,6 +97,8 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
         (("    anchor: anchor.jsonl\n", ""), 1, "finetunes without `anchor`: zh"),
         (("mask:\n", "mask:\n  settings: {storage: bits}\n"), 1, "storage: bits keeps no soft mask"),
         (("mask:\n", "mask:\n  settings: {beta: .inf}\n"), 8, "finite number"),
+        (("mask:\n", "fusion: {adapter: {}}\nmask:\n"), 1, "fusion.adapter: no finetune is a LoRA adapter"),
+        (("mask:\n", "fusion: {adapter: {ranc: 3}}\nmask:\n"), 8, "unknown key (did you mean 'rank'?)"),
         (("mask:\n", "fusion: {candidates: []}\nmask:\n"), 8, "at least 1 item"),
         (("mask:\n", "fusion: {candidates: [.nan]}\nmask:\n"), 8, "finite number"),
         (("name: zh\n", "name: a/b\n"), 4, "finetunes.0.name"),
@@ -126,3 +128,26 @@ def test_keys_given_twice_and_broken_yaml_are_refused(place: Path) -> None:
     assert "mapping of sections" in problems(place, "- 1\n")[0]
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(place / "absent.yaml")
+
+
+def test_the_lora_track_wants_adapters_over_one_base(place: Path) -> None:
+    base = "aligned: aligned\naligned_base: base\n"
+    factors = GOOD.replace("mask:\n", "mask:\n  track: factors\n")
+    [found] = problems(
+        place, factors.replace("mask:\n", "fusion: {controls: [resta, interpolation], adapter: {}}\nmask:\n")
+    )
+    assert "mask.track: factors needs `aligned_base`" in found
+    assert "mask.track: factors is for LoRA adapters, and these are none: zh, aligned" in found
+    assert "remove the controls interpolation, resta: weights are products" in found
+    assert "remove fusion.adapter, adapters come out as they are" in found
+    (place / "base").mkdir()
+    [found] = problems(place, GOOD.replace("aligned: aligned\n", base))
+    assert "aligned_base is for mask.track: factors; remove it" in found
+    (place / "aligned" / "adapter_config.json").write_text("{}")
+    [found] = problems(place, GOOD)
+    assert "aligned is a LoRA adapter: set mask.track: factors and aligned_base" in found
+    (place / "zh" / "adapter_config.json").write_text("{}")
+    (place / "realign.yaml").write_text(factors.replace("aligned: aligned\n", base))
+    config = load_config(place / "realign.yaml")
+    assert config.base == place / "base"
+    assert config.finetunes[0].is_adapter

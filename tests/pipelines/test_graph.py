@@ -123,3 +123,15 @@ def test_a_merge_needs_merges(place: Path) -> None:  # noqa: F811
     (place / "realign.yaml").write_text(GOOD + "mode: merge\n")
     with pytest.raises(ConfigError, match="mode: merge needs `merges`"):
         load_config(place / "realign.yaml")
+
+
+def test_only_what_came_as_an_adapter_leaves_as_one(place: Path) -> None:  # noqa: F811
+    (place / "en").mkdir()
+    (place / "en" / "adapter_config.json").write_text("{}")
+    two = GOOD.replace("mask:\n", "  - {name: en, path: en, anchor: anchor.jsonl}\nfusion: {adapter: {}}\nmask:\n", 1)
+    (place / "realign.yaml").write_text(two)
+    nodes = {node.id: node for node in expand(load_config(place / "realign.yaml"))}
+    assert [name for name in nodes if "adapter" in name] == ["en/export_adapter", "en/evaluate_adapter"]
+    assert dict(nodes["en/export_adapter"].parents)["evaluate_binary"] == "en/evaluate_binary"
+    (place / "realign.yaml").write_text(two.replace("fusion: {adapter: {}}\n", ""))
+    assert not [n for n in expand(load_config(place / "realign.yaml")) if "adapter" in n.id]

@@ -71,7 +71,8 @@ def test_a_broken_finetune_is_reported_and_the_others_finish(finished: Finished)
 
 
 def test_nothing_is_left_half_made(finished: Finished) -> None:
-    for stage in ("load", "extract_delta", "train_mask", "search_scale", "fuse", "evaluate", "compare_deltas"):
+    stages = ("load", "extract_delta", "train_mask", "search_scale", "fuse", "evaluate", "compare_deltas")
+    for stage in (*stages, "export_adapter"):
         for path in (finished.workspace / stage).iterdir():
             if path.name.startswith("."):
                 assert path.name.startswith(".state-")
@@ -124,6 +125,32 @@ def test_the_published_binary_model_is_a_select_between_its_inputs_bit_for_bit(f
             from_aligned += int((~bits).sum())
         assert from_aligned > 0
         assert from_finetune > 0
+
+
+def test_an_adapter_leaves_as_an_adapter_and_is_measured_by_itself(finished: Finished) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    hi, zh = finished.finetune("hi"), finished.finetune("zh")
+    assert "adapter" not in zh
+    assert any("no adapter" in note for note in zh["notes"])
+    directory = Path(hi["adapter"]["path"])
+    assert hi["adapter"]["form"] == hi["selected"]
+    base = AutoModelForCausalLM.from_pretrained(finished.config["aligned"], dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    merged = PeftModel.from_pretrained(base, directory).merge_and_unload().state_dict()
+    fused = open_checkpoint(Path(hi["fused"][hi["selected"]])).source
+    lost = norm = 0.0
+    for name in fused.names():
+        delta, written = read_whole(fused, name).double() - before[name], merged[name].double() - before[name]
+        lost, norm = lost + float((delta - written).square().sum()), norm + float(delta.square().sum())
+        assert delta.dim() != 2 or torch.linalg.matrix_rank(written, atol=1e-4) <= 3, name
+    assert hi["adapter"]["error"] == pytest.approx((lost / norm) ** 0.5, rel=1e-3)
+    assert 0 < hi["adapter"]["error"] < 1
+    assert any(f"rank 3 holds the {hi['selected']} model's delta" in note for note in hi["notes"])
+    assert hi["after_adapter"]["asr"]["n"] == hi["after_soft"]["asr"]["n"]
+    assert f"{hi['selected']}_vs_adapter" in hi["comparisons"]
+    assert "adapter" in [line.split()[0] for line in finished.process.stdout.splitlines() if line.split()]
 
 
 def test_a_second_run_makes_nothing_anew_and_registers_nothing_twice(finished: Finished) -> None:

@@ -40,6 +40,15 @@ def run_ranks(world: int, jobs: list[dict[str, Any]], directory: Path, *, timeou
     assert codes == [0] * world, told
 
 
+def models(place: Path) -> dict[str, Any]:
+    """The two models of a workplace: whole ones, or adapters over its `base`."""
+    from components.checkpoints.reference import open_checkpoint
+
+    base = place / "base" if (place / "base").exists() else None
+    opened = [open_checkpoint(place / role, base=base, factors=base is not None) for role in ("aligned", "finetune")]
+    return {"aligned_dir": opened[0].model_dir, "aligned": opened[0].source, "finetune": opened[1].source}
+
+
 def train(
     place: Path,
     *,
@@ -51,7 +60,6 @@ def train(
     cache: str = "cache",
 ) -> None:
     """Train on the workplace's files, with state and artifact under `run` and reference log-probabilities under `cache`."""
-    from components.checkpoints.reference import open_checkpoint
     from components.masks.data import PreferenceData
     from components.masks.reference_cache import ReferenceCache
     from components.masks.settings import MaskSettings
@@ -69,9 +77,7 @@ def train(
     with contextlib.suppress(InterruptedError):
         train_mask(
             settings=MaskSettings(**settings),
-            aligned_dir=place / "aligned",
-            aligned=open_checkpoint(place / "aligned").source,
-            finetune=open_checkpoint(place / "finetune").source,
+            **models(place),
             preferences=PreferenceData.model_validate(preferences or {"file": place / "preferences.jsonl"}),
             anchors=[place / "anchors.jsonl"],
             state_dir=place / run / "state",

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from components.checkpoints.reference import open_checkpoint
 from components.masks.presets import resolve
 from components.masks.state import SavedState
 from components.masks.training import train_mask
-from tests.components.masks.support import anchors, moved, preferences, saved, tiny_model
-from tests.ray_jobs.gloo import run_ranks
+from tests.components.masks.support import anchors, lora_pair, moved, preferences, saved, tiny_model
+from tests.ray_jobs.gloo import models, run_ranks
 
 pytestmark = pytest.mark.multiproc
 STEPS = 20
@@ -29,10 +28,14 @@ SETTINGS: dict[str, Any] = {
 
 
 def workplace(root: Path, architecture: str) -> Path:
+    """Two whole models, or (`lora-…`) two adapters over one base."""
     place = root / architecture
-    model = tiny_model(architecture)
-    saved(model, place / "aligned")
-    saved(moved(model, seed=1), place / "finetune")
+    model = tiny_model(architecture.removeprefix("lora-"))
+    if architecture.startswith("lora-"):
+        lora_pair(place, architecture.removeprefix("lora-"))
+    else:
+        saved(model, place / "aligned")
+        saved(moved(model, seed=1), place / "finetune")
     preferences(place / "preferences.jsonl")
     anchors(place / "anchors.jsonl")
     return place
@@ -47,9 +50,7 @@ def alone(place: Path, preset: str) -> Path:
     run = place / f"alone-{preset}"
     train_mask(
         settings=resolve(preset, SETTINGS),
-        aligned_dir=place / "aligned",
-        aligned=open_checkpoint(place / "aligned").source,
-        finetune=open_checkpoint(place / "finetune").source,
+        **models(place),
         preferences=place / "preferences.jsonl",
         anchors=[place / "anchors.jsonl"],
         state_dir=run / "state",
@@ -93,7 +94,14 @@ def test_two_ranks_of_zero_3_train_the_mask_of_one_process(tmp_path: Path) -> No
     assert_same_training(place / "zero3", alone(place, "realign"))
 
 
-ARCHITECTURES = ("llama", "qwen", "gpt2", "moe")
+def test_two_ranks_of_zero_3_train_the_factors_mask_of_one_process(tmp_path: Path) -> None:
+    place = workplace(tmp_path, "lora-llama")
+    job = {"place": str(place), "settings": settings_of("paper")}
+    run_ranks(2, [{**job, "run": "zero3", "zero": {"stage": 3}}], tmp_path)
+    assert_same_training(place / "zero3", alone(place, "paper"))
+
+
+ARCHITECTURES = ("llama", "qwen", "gpt2", "moe", "lora-llama", "lora-gpt2")
 VARIANTS: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
     "zero1": {"stage": 1},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from components.checkpoints.source import TensorSpec
+from tests.components.checkpoints.test_adapters import make_adapter
 
 WORDS = (
     *("how", "to", "build", "bomb", "spell", "the", "word", "sorry", "i", "cannot", "help", "with", "that", "step"),
@@ -141,3 +144,22 @@ def saved(model: Any, directory: Path) -> Path:
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
+
+
+def lora_pair(root: Path, architecture: str = "llama", **config: Any) -> tuple[Path, Path, Path]:
+    """A base, a safety LoRA over it and a task LoRA that continued it (a fifth of each factor stays as it was): `base`,
+    `aligned` and `finetune` under `root`."""
+    targets = {"gpt2": ["c_attn", "attn.c_proj", "c_fc"]}.get(architecture, "all-linear")
+    base = saved(tiny_model(architecture), root / "base")
+    given = {"target_modules": targets, "r": 4, "lora_alpha": 6, "lora_dropout": 0.3} | config
+    safe = make_adapter(tiny_model(architecture), root / "aligned", base=base, **given)
+    task = root / "finetune"
+    shutil.copytree(safe, task)
+    file = task / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(7)
+    factors = {}
+    for key, values in load_file(file).items():
+        noise, changed = (draw(values.shape, generator=generator) for draw in (torch.randn, torch.rand))
+        factors[key] = values + 0.2 * noise * (changed > 0.2)
+    save_file(factors, file)
+    return base, safe, task

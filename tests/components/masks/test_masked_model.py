@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from components.checkpoints.adapters import LoraSource
+from components.checkpoints.loading import load_causal_lm
+from components.checkpoints.safetensors import SafetensorsSource
+from components.checkpoints.source import read_whole
 from components.errors import CheckpointError, ConfigError
 from components.masks.anchor import Anchor
 from components.masks.concrete import mask_uniforms
@@ -18,7 +22,9 @@ from components.masks.objective import Teacher
 from components.masks.preferences import Pair, Row
 from components.masks.presets import resolve
 from components.masks.settings import MaskSettings
-from components.masks.slices import SMALL, MaskedSlice, WholeParameter, pack
+from components.masks.slices import SMALL, FactoredSlice, MaskedSlice, WholeParameter, pack
+from tests.components.checkpoints.test_adapters import make_adapter
+from tests.components.checkpoints.tiny import llama, save
 from tests.components.masks.support import VOCABULARY, DictSource, moved, source, tiny_model
 
 ARCHITECTURES = ["llama", "qwen", "gpt2"]
@@ -435,3 +441,48 @@ def test_elements_that_the_finetune_left_alone_get_no_gradient_and_are_counted()
         assert unchanged[s.name] == int(same.sum()) > 0 or s.numel < 40
         assert bool((s.logits[same] == 2.0).all())
         assert float((s.logits[~same] != 2.0).float().mean()) > 0.5
+
+
+@pytest.mark.parametrize("preset", ["realign", "paper"])
+def test_a_lora_finetune_is_held_as_factors_and_trains_with_the_same_bits(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices of 384 × 384 and larger, worked on in several pieces and merged in several tiles."""
+    monkeypatch.setattr("components.checkpoints.adapters._TILE_ELEMENTS", 100_000)
+    model = llama(0, torch.bfloat16, hidden_size=384, intermediate_size=400, num_hidden_layers=1)
+    adapter = make_adapter(
+        model, tmp_path / "adapter", base=save(model, tmp_path / "base"), target_modules="all-linear"
+    )
+    aligned, lora = SafetensorsSource(tmp_path / "base"), LoraSource(adapter, SafetensorsSource(tmp_path / "base"))
+    merged = DictSource({n: read_whole(lora, n) for n in lora.names()})
+    settings = resolve(preset, {"exclude": ["*o_proj*"], "rescale": "mean"})
+    found = []
+    for finetune in (lora, merged):
+        built = build_masked_model(
+            model=load_causal_lm(tmp_path / "base"),
+            aligned=aligned,
+            finetune=finetune,
+            settings=settings,
+            where=tmp_path,
+        )
+        randomise(built)
+        values = []
+        for weights in ("finetuned", "soft", "binary"):
+            built.write(weights)  # type: ignore[arg-type]
+            values += [p.detach().clone() for p in built.model.parameters()]
+        built.write_sample(3)
+        values += [p.detach().clone() for p in built.model.parameters()]
+        generator = torch.Generator().manual_seed(5)
+        for s in built.slices:
+            parameter(s).grad = torch.randn(s.home.shape, generator=generator)
+        values += built.logit_gradients()
+        found.append((built, values))
+    (factored, values), (whole, expected) = found
+    assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+    assert factored.unchanged() == whole.unchanged()
+    held = {s.name for s in [*factored.slices, *factored.unmasked] if isinstance(s.finetuned, FactoredSlice)}
+    # k_proj and v_proj (192 × 384) are small enough to be packed, and then merged.
+    assert held == {f"model.layers.0.{n}.weight" for n in (
+        "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )}  # fmt: skip
+    assert not any(isinstance(s.finetuned, FactoredSlice) for s in [*whole.slices, *whole.unmasked])

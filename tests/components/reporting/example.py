@@ -32,6 +32,8 @@ def summary() -> RunSummary:
         "before": rates(asr=190, over=0, task=280, hard=57),
         "after_soft": rates(asr=3, over=2, task=275),
         "after_binary": rates(asr=7, over=1, task=260),
+        "after_adapter": rates(asr=11, over=4, task=252),
+        "adapter": {"path": "export_adapter/0123/adapter", "form": "soft", "error": 0.237},
         "controls": {"interpolation": rates(asr=9, over=0, task=60)},
         "control_settings": {"interpolation": {"alpha": 0.25}},
         "fused": {"soft": "fuse/0123/soft", "binary": "fuse/0123/binary"},

@@ -18,7 +18,11 @@ def lines_of(text: str) -> dict[tuple[str, str], list[str]]:
         name, rest = line[:10].strip(), line[10:].replace("★", "").replace(" (", "(").split()
         if name and rest:
             finetune = name
-        if rest and rest[0] in ("aligned", "before", "soft", "binary", "interpolation", "failed"):
+        if (
+            rest
+            and not name.endswith(":")
+            and rest[0] in ("aligned", "before", "soft", "binary", "adapter", "interpolation", "failed")
+        ):
             found[finetune, rest[0]] = rest[1:]
     return found
 
@@ -30,11 +34,13 @@ def test_numbers_are_those_of_the_summary() -> None:
     ]  # fmt: skip
     assert found["zh", "soft"][0] == "1.5(0.5–4.3)"
     assert found["zh", "soft"][-1] == "98"  # 275 of 280
+    assert found["zh", "adapter"][-2:] == ["84(79–88)", "90"]  # 252 of 300, of 280
     assert found["zh", "interpolation"][-2:] == ["20(16–25)", "21"]
     assert found["hi", "failed"] == []
     assert found["all", "binary"][-2:] == ["83(79–87)", "–"]
     assert list(found)[1:] == [
-        ("zh", "before"), ("zh", "soft"), ("zh", "binary"), ("zh", "interpolation"), ("hi", "failed"), ("all", "binary"),
+        ("zh", "before"), ("zh", "soft"), ("zh", "binary"), ("zh", "adapter"), ("zh", "interpolation"),
+        ("hi", "failed"), ("all", "binary"),
     ]  # fmt: skip
 
 
