@@ -19,6 +19,7 @@ import torch
 
 from components.errors import CheckpointError, listed
 from components.masks.concrete import BLOCK, binary_mask, soft_mask
+from components.masks.granularity import spread, units
 from components.masks.settings import MaskSettings
 
 TENSORS_FILE, STATISTICS_FILE = "mask.safetensors", "mask.json"
@@ -48,20 +49,23 @@ def write_artifact(
 ) -> None:
     """Write the two files into `directory`.
 
-    `shapes`: every masked tensor. `shards`: (name, start, stop, logits) slices that together cover each tensor once, in
-    any order. `unmasked`: tensors (name -> elements) that keep the finetune's weights. `statistics`: more figures per
-    tensor, `extra`: of the whole mask. What is counted is what is stored: logits are rounded to bf16 first. Raises
+    `shapes`: every masked tensor. `shards`: (name, start, stop, logits) slices that together cover each tensor's logits (one
+    for each element, row or tensor: `settings.granularity`) once, in any order. `unmasked`: tensors (name -> elements) that
+    keep the finetune's weights. `statistics`: more figures per tensor, `extra`: of the whole mask. What is counted is what is
+    stored: logits are rounded to bf16 first. Raises
     OSError when the disk is too small."""
     directory.mkdir(parents=True, exist_ok=True)
     bits = settings.storage == "bits"
-    sizes = {name: (_numel(shape) + 7) // 8 if bits else 2 * _numel(shape) for name, shape in sorted(shapes.items())}
+    unit = {name: max(1, settings.unit(shape)) for name, shape in sorted(shapes.items())}
+    logits_of = {name: _numel(shapes[name]) // unit[name] for name in unit}
+    sizes = {name: (count + 7) // 8 if bits else 2 * count for name, count in logits_of.items()}
     header: dict[str, Any] = {
         "__metadata__": {"format": FORMAT, "storage": settings.storage, "settings": settings.fingerprint()}
     }
     offsets, at = {}, 0
     for name, size in sizes.items():
         offsets[name] = at
-        shape = [size] if bits else list(shapes[name])
+        shape = [size] if bits else list(shapes[name]) if unit[name] == 1 else [logits_of[name]]
         header[name] = {"dtype": "U8" if bits else "BF16", "shape": shape, "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -78,7 +82,7 @@ def write_artifact(
             assert stop - start == logits.numel(), name
         data.flush()
         del data
-    incomplete = [name for name, tally in tallies.items() if tally.seen != _numel(shapes[name])]
+    incomplete = [name for name, tally in tallies.items() if tally.seen != logits_of[name]]
     assert not incomplete, f"shards do not cover {listed(incomplete)}"
     tensors = {
         name: {
@@ -89,15 +93,15 @@ def write_artifact(
         }
         for name, tally in sorted(tallies.items())
     }
-    total = max(sum(t.seen for t in tallies.values()), 1)
+    total = max(sum(_numel(shape) for shape in shapes.values()), 1)
     summary = {
         "format": FORMAT,
         "storage": settings.storage,
         "settings": settings.model_dump(mode="json"),
         "settings_fingerprint": settings.fingerprint(),
         "elements": total,
-        "density": sum(t.kept for t in tallies.values()) / total,
-        "soft_mean": sum(t.soft for t in tallies.values()) / SOFT_UNIT / total,
+        "density": sum(unit[n] * t.kept for n, t in tallies.items()) / total,
+        "soft_mean": sum(unit[n] * t.soft for n, t in tallies.items()) / SOFT_UNIT / total,
         "unmasked": dict(sorted((unmasked or {}).items())),
         **(extra or {}),
         "tensors": tensors,
@@ -157,6 +161,7 @@ class MaskArtifact:
         self.settings = MaskSettings.model_validate(metadata["settings"])
         self._offsets = offsets
         self._numel = {name: _numel(t["shape"]) for name, t in metadata["tensors"].items()}
+        self._unit = {name: max(1, self.settings.unit(t["shape"])) for name, t in metadata["tensors"].items()}
         self._unmasked: dict[str, int] = metadata["unmasked"]
         self._data = np.memmap(path / TENSORS_FILE, dtype=np.uint8, mode="r") if offsets else np.zeros(0, np.uint8)
 
@@ -201,8 +206,9 @@ class MaskArtifact:
             return torch.full((stop - start,), torch.inf)
         if self.metadata["storage"] == "bits":
             raise CheckpointError(f"{self.path}: keeps bits only; train with mask.storage: logits for a soft mask")
-        raw = self._data[self._offsets[name] + 2 * start : self._offsets[name] + 2 * stop]
-        return torch.from_numpy(np.array(raw)).view(torch.bfloat16).float()
+        first, last = units(self._unit[name], start, stop)
+        raw = self._data[self._offsets[name] + 2 * first : self._offsets[name] + 2 * last]
+        return spread(torch.from_numpy(np.array(raw)).view(torch.bfloat16).float(), self._unit[name], start, stop)
 
     def soft(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """σ(ℓ) of elements [start, stop): 1-D fp32 in [0, 1]."""
@@ -214,9 +220,10 @@ class MaskArtifact:
         if self.metadata["storage"] != "bits" or name in self._unmasked:
             return binary_mask(self.logits(name, start, stop))
         at = self._offsets[name]
-        raw = self._data[at + start // 8 : at + (stop + 7) // 8]
-        found = np.unpackbits(raw, bitorder="little")[start % 8 : start % 8 + stop - start]
-        return torch.from_numpy(found.astype(np.bool_))
+        first, last = units(self._unit[name], start, stop)
+        raw = self._data[at + first // 8 : at + (last + 7) // 8]
+        found = np.unpackbits(raw, bitorder="little")[first % 8 : first % 8 + last - first]
+        return spread(torch.from_numpy(found.astype(np.bool_)), self._unit[name], start, stop)
 
     def figures(self) -> dict[str, Any]:
         """What its training measured, and how much it keeps."""

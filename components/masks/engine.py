@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from components.checkpoints.source import blocks
 from components.errors import StorageError, TrainingError, listed
 from components.masks.anchor import Anchor
+from components.masks.concrete import BLOCK
 from components.masks.masked_model import MaskedModel, Weights
 from components.masks.objective import GROUP_OVERHEAD, Forwards, anchor_kl, preference_losses, score
 from components.masks.preferences import Pair, Row
@@ -128,8 +130,7 @@ class TorchEngine:
                 "lower mask.learning_rate or look at these rows"
             )
         gradients = self.masked.logit_gradients()
-        squares = torch.stack([g.square().sum(dtype=torch.float64) for g in gradients]).sum()
-        norm = self.masked.all_sum(squares).sqrt().item()
+        norm = self.masked.norm(gradients)
         metrics["gradient_norm"] = norm
         if not math.isfinite(norm):
             raise TrainingError(
@@ -215,6 +216,8 @@ class TorchEngine:
         for pack, (first, second) in zip(self.masked.packs, self._moments, strict=True):
             for s, begin, end in pack.places():
                 part = Slice(s.home.start, s.home.stop, s.numel)
+                if s.unit is not None:
+                    begin, end, part = 0, s.logits.numel(), Slice(0, s.logits.numel(), s.logits.numel())
                 for kind, flat in (("logits", pack.logits), ("first", first), ("second", second)):
                     yield f"{kind}/{s.name}", part, flat[begin:end]
 
@@ -227,7 +230,7 @@ class TorchEngine:
         correct_2 = 1 - s.adam_beta2**self._updates
         rate = learning_rate / correct_1
         for pack, (first, second), gradient in zip(self.masked.packs, self._moments, gradients, strict=True):
-            for low, high in pack.pieces():
+            for low, high in blocks(pack.logits.numel(), 2 * BLOCK) if pack.unit else pack.pieces():
                 g, m, v = gradient[low:high], first[low:high], second[low:high]
                 m.lerp_(g, 1 - s.adam_beta1)
                 v.mul_(s.adam_beta2).addcmul_(g, g, value=1 - s.adam_beta2)

@@ -110,8 +110,10 @@ def build_masked_model(
         tuned = finetuned_elements(finetune, other, here)
         parameters[name].requires_grad_(name in masked)
         if name in masked:
-            logits = torch.full_like(here.weights, settings.init_logit, dtype=logits_dtype)
-            slices.append(MaskedSlice(name, here, safe, tuned, logits))
+            unit = None if settings.granularity == "element" else max(1, settings.unit(here.shape))
+            size = here.stop - here.start if unit is None else torch.Size(here.shape).numel() // unit
+            logits = torch.full((size,), settings.init_logit, dtype=logits_dtype, device=here.weights.device)
+            slices.append(MaskedSlice(name, here, safe, tuned, logits, unit))
         else:
             unmasked.append(UnmaskedSlice(name, here, safe, tuned))
     if wrong:

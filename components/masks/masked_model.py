@@ -64,6 +64,8 @@ class MaskedModel:
         self.unmasked, self.all_sum, self._published = list(unmasked), all_sum, published
         self.numel = sum(s.numel for s in self.slices)
         """Elements of all masks, over all ranks."""
+        self.shared = settings.granularity != "element"
+        """Whether elements share logits; every rank then has all of them, the same at every step."""
         self._remember = sum(p.numel for p in self.packs) <= remember
         self._samples: dict[tuple[int, int], torch.Tensor] = {}
         self._sampled: tuple[int, float, torch.Tensor] | None = None
@@ -75,7 +77,7 @@ class MaskedModel:
         self._samples.clear()
         self._write_unmasked(weights)
         if weights in ("soft", "binary"):
-            self._fuse(lambda p, low, high: _expected(p.logits[low:high], weights))
+            self._fuse(lambda p, low, high: _expected(p, low, high, weights))
         else:
             for p in self.packs:
                 stored = p.aligned if weights == "aligned" else p.finetuned
@@ -105,7 +107,8 @@ class MaskedModel:
         gradients = []
         for p, slope in zip(self.packs, slopes, strict=True):
             # In the place of ∂L/∂w, which is read for the last time here: one model's worth of memory less.
-            gradient = slope if slope.dtype == p.logits.dtype else torch.empty_like(p.logits)
+            in_place = p.unit is None and slope.dtype == p.logits.dtype
+            gradient = slope if in_place else torch.zeros_like(p.logits)
             for low, high in p.pieces():
                 if wanted == "mean" and _scratch(p, slope):
                     pull, bend = slope[low:high], p.weights[low:high]  # `_mean_pulls` left them there
@@ -115,7 +118,7 @@ class MaskedModel:
                 # Without rescaling every slice has the same constants: one call for the whole piece.
                 parts = [(p.first, 0, high - low)] if wanted == "none" else p.split(low, high)
                 for i, begin, end in parts:
-                    gradient[low + begin : low + end] = logit_gradient(
+                    reached = logit_gradient(
                         pull[begin:end],
                         bend[begin:end],
                         temperature=temperature,
@@ -123,22 +126,41 @@ class MaskedModel:
                         mean=mean[i],
                         mean_pull=mean_pull[i],
                     )
-            if self.settings.density_weight:
-                kept = soft_mask(p.logits)
-                gradient.add_(kept * (1 - kept), alpha=self.settings.density_weight / self.numel)
+                    first, last = p.units(low + begin, low + end)
+                    if p.unit is None:
+                        gradient[first:last] = reached
+                    else:
+                        gradient[first:last] += p.gathered(reached, low + begin)
             gradients.append(gradient)
         for s in self.slices:
             s.home.forget_gradient()
         self._samples.clear()
+        if self.shared:
+            gradients = self._over_ranks(gradients)
+        if self.settings.density_weight:
+            for p, gradient in zip(self.packs, gradients, strict=True):
+                kept = soft_mask(p.logits)
+                gradient.add_(kept * (1 - kept), alpha=self.settings.density_weight * (p.unit or 1) / self.numel)
         return gradients
+
+    def _over_ranks(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Each rank has what its own elements add to shared logits; all ranks need all of it."""
+        total = self.all_sum(torch.cat(gradients))
+        return list(total.split([g.numel() for g in gradients]))  # type: ignore[no-untyped-call]
+
+    def norm(self, gradients: Sequence[torch.Tensor]) -> float:
+        """‖∂L/∂ℓ‖₂ over the whole mask."""
+        squares = torch.stack([g.square().sum(dtype=torch.float64) for g in gradients]).sum()
+        return float((squares if self.shared else self.all_sum(squares)).sqrt())
 
     @torch.no_grad()
     def density(self) -> tuple[float, float]:
         """Shares of elements kept by the soft and by the binary mask, over all tensors (and ranks)."""
         sums = torch.zeros(2, dtype=torch.float64)
         for p in self.packs:
-            sums[0] += soft_mask(p.logits).sum(dtype=torch.float64)
-            sums[1] += binary_mask(p.logits).sum()
+            for low, high in p.pieces():
+                sums[0] += _expected(p, low, high, "soft").sum(dtype=torch.float64)
+                sums[1] += _expected(p, low, high, "binary").sum(dtype=torch.float64)
         soft, binary = (self.all_sum(sums) / self.numel).tolist()
         return soft, binary
 
@@ -168,7 +190,8 @@ class MaskedModel:
         if self.settings.stochastic:
             device = str(p.logits.device)
             noise = logistic_noise(seed=self.settings.seed, step=step, segments=p.segments(low, high), device=device)
-        sample = concrete_sample(p.logits[low:high], noise, temperature)
+        first, last = p.units(low, high)
+        sample = p.spread(concrete_sample(p.logits[first:last], noise, temperature), low, high)
         if self._remember:
             self._samples[p.first, low] = sample
         return sample
@@ -239,5 +262,8 @@ def _pull(p: Pack, slope: torch.Tensor, low: int, high: int) -> torch.Tensor:
     return (finetuned - aligned).mul_(slope[low:high])
 
 
-def _expected(logits: torch.Tensor, weights: Literal["soft", "binary"]) -> torch.Tensor:
-    return soft_mask(logits) if weights == "soft" else binary_mask(logits).to(logits.dtype)
+def _expected(p: Pack, low: int, high: int, weights: Literal["soft", "binary"]) -> torch.Tensor:
+    """σ(ℓ) or ℓ > 0 of a pack's elements, in the logits' dtype."""
+    first, last = p.units(low, high)
+    logits = p.logits[first:last]
+    return p.spread(soft_mask(logits) if weights == "soft" else binary_mask(logits).to(logits.dtype), low, high)

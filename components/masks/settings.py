@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -86,6 +87,9 @@ class MaskSettings(BaseModel):
     """Shell-style patterns of tensor names that get a mask."""
     exclude: tuple[str, ...] = ()
     """Patterns taken out again. A tensor without a mask keeps the finetune's weights."""
+    granularity: Literal["element", "row", "tensor"] = "element"
+    """What shares a logit: nothing (as published), a row (all elements of a matrix that share every index but the last), or a
+    whole tensor. A coarser mask costs next to nothing to keep and to train, and tells less apart."""
     storage: Literal["logits", "bits"] = "logits"
     """What the artifact keeps: bf16 logits (soft and binary masks) or packed bits (binary only)."""
     eval_every: int = Field(default=0, ge=0)
@@ -110,6 +114,12 @@ class MaskSettings(BaseModel):
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})")
         return self
+
+    def unit(self, shape: Sequence[int]) -> int:
+        """Elements that share a logit, in a tensor of this shape."""
+        if self.granularity == "tensor":
+            return math.prod(shape)
+        return shape[-1] if self.granularity == "row" and len(shape) > 1 else 1
 
     def rate(self, step: int) -> float:
         """The learning rate at `step` (0-based)."""

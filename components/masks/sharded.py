@@ -136,7 +136,7 @@ class ShardedEngine(TorchEngine):
 
     def save(self, directory: Path) -> None:
         """See TorchEngine. What every rank has whole, the first alone writes."""
-        whole = any(isinstance(home, WholeParameter) for home in self._homes)
+        whole = self.masked.shared or any(isinstance(home, WholeParameter) for home in self._homes)
         if whole and self.ranks.rank:
             save_state(state_file(directory, self.ranks.rank, self.ranks.world), {}, updates=self._updates)
         else:

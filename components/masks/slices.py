@@ -11,6 +11,7 @@ import torch
 from components.checkpoints.adapters import LoraSource
 from components.checkpoints.source import TensorSource, blocks
 from components.masks.concrete import BLOCK, Segment
+from components.masks.granularity import gathered, spread, units
 
 SMALL = 2 * BLOCK
 """Slices of fewer elements are packed: on them a call costs more than its elements."""
@@ -94,14 +95,16 @@ def finetuned_elements(source: TensorSource, name: str, home: Home) -> Stored:
 
 @dataclass
 class MaskedSlice:
-    """The elements of one tensor that are here: none, some or all. `aligned`, `finetuned`: as stored; `logits`: the mask's,
-    1-D."""
+    """The elements of one tensor that are here: none, some or all. `aligned`, `finetuned`: as stored."""
 
     name: str
     home: Home
     aligned: torch.Tensor
     finetuned: Stored
     logits: torch.Tensor
+    """The mask's, 1-D: one for each element here or, with a `unit`, for each unit of the whole tensor, on every rank alike."""
+    unit: int | None = None
+    """Elements that share a logit."""
 
     @property
     def weights(self) -> torch.Tensor:
@@ -149,7 +152,26 @@ class Pack:
     @property
     def numel(self) -> int:
         """Elements here."""
-        return self.logits.numel()
+        return self.weights.numel()
+
+    @property
+    def unit(self) -> int | None:
+        """See MaskedSlice. Packs of several slices have none."""
+        return self.slices[0].unit
+
+    def units(self, low: int, high: int) -> tuple[int, int]:
+        """Where the logits of elements [low, high) lie: [first, last)."""
+        start = self.slices[0].home.start
+        return (low, high) if self.unit is None else units(self.unit, start + low, start + high)
+
+    def spread(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        """Values of elements [low, high) from those of their logits. Not to be written into."""
+        start = self.slices[0].home.start
+        return values if self.unit is None else spread(values, self.unit, start + low, start + high)
+
+    def gathered(self, values: torch.Tensor, low: int) -> torch.Tensor:
+        """The transpose: what values of elements `low` and on add up to for each of their logits."""
+        return values if self.unit is None else gathered(values, self.unit, self.slices[0].home.start + low)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Ranges that are worked on at once: small enough for a core's cache, or large enough for a GPU's launches to pay."""
@@ -175,7 +197,9 @@ class Pack:
             at += s.size
 
     def segments(self, low: int, high: int) -> list[Segment]:
-        """The positions that [low, high) holds, as noise is counted."""
+        """The positions that [low, high) holds, as noise is counted: of elements, or of units."""
+        if self.unit is not None:
+            return [(self.slices[0].name, *self.units(low, high))]
         found: list[Segment] = []
         for s, first, last in self.places():
             begin, end = max(first, low) - first, min(last, high) - first
@@ -204,7 +228,7 @@ def pack(slices: Sequence[MaskedSlice]) -> list[Pack]:
 
 
 def _small(s: MaskedSlice) -> bool:
-    return s.size < SMALL
+    return s.size < SMALL and s.unit is None
 
 
 def _pack(slices: list[MaskedSlice], first: int) -> Pack:

@@ -64,6 +64,30 @@ def test_what_is_written_is_read_by_any_slice(tmp_path: Path, storage: str) -> N
 
 
 @pytest.mark.parametrize("storage", ["logits", "bits"])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_shared_logits_are_read_by_element(tmp_path: Path, storage: Any, granularity: Any) -> None:
+    settings = MaskSettings(storage=storage, granularity=granularity)
+    logits = {n: masks()[n][: torch.Size(shape).numel() // settings.unit(shape)] for n, shape in SHAPES.items()}
+    shards = [(name, 0, values.numel(), values) for name, values in logits.items()]
+    write_artifact(tmp_path, shapes=SHAPES, shards=shards, settings=settings)
+    mask = MaskArtifact.open(tmp_path)
+    kept = 0
+    for name, shape in SHAPES.items():
+        every = logits[name].bfloat16().float().repeat_interleave(settings.unit(shape))
+        assert mask.numel(name) == every.numel() == torch.Size(shape).numel()
+        for start, stop in ((0, every.numel()), (0, 1), (3, 40), (11, 22), (300, 407)):
+            if stop <= every.numel():
+                assert torch.equal(mask.binary(name, start, stop), every[start:stop] > 0)
+                if storage == "logits":
+                    assert torch.equal(mask.soft(name, start, stop), torch.sigmoid(every[start:stop]))
+        assert mask.density(name) == pytest.approx((every > 0).double().mean().item())
+        assert mask.soft_mean(name) == pytest.approx(torch.sigmoid(every).mean().item(), rel=1e-6)
+        kept += int((every > 0).sum())
+    assert mask.metadata["density"] == pytest.approx(kept / mask.metadata["elements"])
+    assert mask.metadata["elements"] == 413
+
+
+@pytest.mark.parametrize("storage", ["logits", "bits"])
 def test_the_bytes_do_not_depend_on_how_the_mask_was_sharded(tmp_path: Path, storage: str) -> None:
     write(tmp_path / "whole", storage)
     write(tmp_path / "cut", storage, cuts=(1, 3, 100, 101, 250))

@@ -161,10 +161,15 @@ SETTINGS = {
         "realign", {"rescale": "mean", "scale": 1.3, "density_weight": 0.5, "chosen_weight": 1.7}
     ),
     "deterministic": resolve("realign", {"stochastic": False, "density_weight": -2.0}),
+    "row": resolve("realign", {"granularity": "row", "density_weight": 0.5}),
+    "row_rescaled": resolve("paper", {"granularity": "row"}),
+    "tensor": resolve("realign", {"granularity": "tensor", "density_weight": 0.5}),
 }
 
 
 def by_slice(built: MaskedModel, packed: list[torch.Tensor]) -> list[torch.Tensor]:
+    if built.shared:
+        return packed
     parts = zip(built.packs, packed, strict=True)
     return [flat[begin:end] for p, flat in parts for _, begin, end in p.split(0, p.numel)]
 
@@ -175,15 +180,16 @@ def literal_loss(built: MaskedModel, batch: Batch, step: int, logits: list[torch
     temperature = st.temperature(step)
     penalty = torch.zeros((), dtype=torch.float64)
     for s, ell in zip(built.slices, logits, strict=True):
-        u = mask_uniforms(seed=st.seed, step=step, segments=[(s.name, 0, s.numel)]).double()
+        unit = s.unit or 1
+        u = mask_uniforms(seed=st.seed, step=step, segments=[(s.name, 0, s.numel // unit)]).double()
         noise = torch.log(u) - torch.log(1 - u) if st.stochastic else 0.0
-        mask = torch.sigmoid((ell + noise) / temperature)
+        mask = torch.sigmoid((ell + noise) / temperature).repeat_interleave(unit)
         if st.relaxation == "straight_through":
             mask = (mask > 0.5).double() + mask - mask.detach()
         mean = {"none": 1.0, "mean": mask.mean(), "detached": mask.mean().detach()}[st.rescale]
         fused = s.aligned + st.scale * mask / mean * (s.finetuned - s.aligned)
         weights[s.name] = fused.view(s.home.shape)
-        penalty = penalty + torch.sigmoid(ell).sum() / built.numel
+        penalty = penalty + unit * torch.sigmoid(ell).sum() / built.numel
 
     def log_probs(row: Row) -> torch.Tensor:
         ids = torch.tensor([row.tokens])
@@ -256,7 +262,7 @@ def test_gradients_equal_finite_differences(name: str, architecture: str, monkey
         return float(found.loss) + settings.density_weight * built.density()[0]
 
     for s, gradient in zip(built.slices, gradients, strict=True):
-        for i in (int(gradient.abs().argmax()), s.numel // 2):
+        for i in (int(gradient.abs().argmax()), gradient.numel() // 2):
             middle = s.logits[i].item()
             s.logits[i] = middle + 1e-5
             above = value()
@@ -386,6 +392,38 @@ def test_slices_with_summed_statistics_equal_whole_tensors() -> None:
         got = torch.cat([joined_weights[0][i], joined_weights[1][i]])
         torch.testing.assert_close(got, weights[i], rtol=1e-13, atol=1e-15)
         torch.testing.assert_close(torch.cat([joined[0][i], joined[1][i]]), expected[i], rtol=1e-10, atol=1e-18)
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_shared_logits_get_what_every_rank_adds(granularity: str) -> None:
+    """Two ranks own parts that cut through rows; each has all logits, and what they add up to is the whole's gradient."""
+    settings = resolve("realign", {"granularity": granularity})
+    whole = masked(settings=settings, dtype=torch.float64)
+    randomise(whole)
+    _, expected = closed_form(whole, example_batch(False), 4)
+    whole.write_sample(4)
+    loss = batch_losses(whole.model, example_batch(False), settings)
+    torch.autograd.backward(loss.loss)
+    added: list[torch.Tensor] = []
+    for rank in (0, 1):
+        slices = []
+        for s in whole.slices:
+            low, high = (0, s.numel // 3) if rank == 0 else (s.numel // 3, s.numel)
+            home = WholeParameter(torch.nn.Parameter(torch.zeros(high - low, dtype=torch.float64)))
+            gradient = s.home.gradient()
+            assert gradient is not None
+            home.parameter.grad = gradient[low:high].clone()
+            home.shape, home.start, home.stop = s.home.shape, low, high
+            finetuned = s.finetuned[low:high]
+            slices.append(MaskedSlice(s.name, home, s.aligned[low:high], finetuned, s.logits.clone(), s.unit))
+        model = MaskedModel(whole.model, slices, settings, all_sum=lambda v: added.append(v.clone()) or v)  # type: ignore[func-returns-value]
+        model.write_sample(4)
+        for part, s in zip(model.slices, whole.slices, strict=True):
+            torch.testing.assert_close(
+                part.weights, s.weights[part.home.start : part.home.stop], rtol=1e-12, atol=1e-14
+            )
+        model.logit_gradients()
+    torch.testing.assert_close(added[0] + added[1], torch.cat(expected), rtol=1e-10, atol=1e-16)
 
 
 def test_patterns_choose_tensors_and_the_rest_keeps_the_finetune() -> None:
