@@ -18,7 +18,7 @@ from ray_jobs.stage import Outcome, StageContext
 def run(context: StageContext) -> Outcome:
     """Writes `mask/`: the artifact and `metrics.jsonl` (a line per step). A killed attempt goes on at its last state and, on
     one rank, ends with the same bytes."""
-    execution = MaskExecution(**context.spec.execution.get("mask", {}))
+    execution = execution_of(context)
     if execution.ranks == 1:
         seconds = train(context, one_process(execution)).seconds
     else:
@@ -29,9 +29,15 @@ def run(context: StageContext) -> Outcome:
     return Outcome(metrics={**metrics, "seconds": seconds}, notes=_notes(metrics["data"], _settings(context)))
 
 
+def execution_of(context: StageContext) -> MaskExecution:
+    """What the spec says, with every place named."""
+    execution = MaskExecution(**context.spec.execution.get("mask", {}))
+    return execution.model_copy(update={"offload_dir": execution.offload_dir or context.state})
+
+
 def train(context: StageContext, make_engine: EngineMaker) -> MaskResult:
     """What every rank does."""
-    execution = MaskExecution(**context.spec.execution.get("mask", {}))
+    execution = execution_of(context)
     aligned, finetune = checkpoint(context, "load_aligned"), checkpoint(context, "load")
     files = {role: _same_file(context, role, Path(path)) for role, path in context.spec.execution["files"].items()}
     return train_mask(
