@@ -8,7 +8,9 @@ parameter is where its fused weights go, and the gradient that reaches the param
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,17 @@ import torch
 from components.checkpoints.factors import FactorSource, add_factors
 from components.checkpoints.loading import empty_causal_lm, load_causal_lm
 from components.checkpoints.source import TensorSource
-from components.masks.loading import base_model, build_masked_model, checkpointed_layers, source_parameters
+from components.mapped import drop, return_freed_memory
+from components.masks.loading import (
+    base_model,
+    build_masked_model,
+    checkpointed_layers,
+    source_parameters,
+    weights_dtype,
+)
 from components.masks.objective import ONE, Forwards
 from components.masks.ranks import ALONE, Ranks, TorchRanks
+from components.masks.rooms import Room, room_for
 from components.masks.settings import MaskSettings
 from components.masks.sharded import ReplicatedParameter, ShardedEngine, ShardedParameter, SplitParameter
 from components.masks.training import EngineMaker
@@ -29,8 +39,8 @@ from components.masks.zero import ZeroSettings
 class PartitionedParameter(ShardedParameter):
     """A parameter of which DeepSpeed keeps this rank's partition and gathers the rest when a layer needs it (ZeRO-3)."""
 
-    def __init__(self, parameter: Any, ranks: Ranks) -> None:
-        super().__init__(parameter, tuple(parameter.ds_shape), ranks, eager=parameter.requires_grad)
+    def __init__(self, parameter: Any, ranks: Ranks, room: Room) -> None:
+        super().__init__(parameter, tuple(parameter.ds_shape), ranks, eager=parameter.requires_grad, room=room)
         assert parameter.ds_tensor.numel() == self.run, "DeepSpeed cuts parameters otherwise than it did"
 
     @property
@@ -39,18 +49,24 @@ class PartitionedParameter(ShardedParameter):
         partition: torch.Tensor = self.parameter.ds_tensor.data  # type: ignore[attr-defined]
         return partition[: self.stop - self.start]
 
+    def _scatter(self, parameter: torch.nn.Parameter) -> None:
+        super()._scatter(parameter)
+        drop(self.place)  # it was gathered from for this layer's backward
+
 
 def sharded(zero: ZeroSettings, *, device: torch.device | str = "cpu") -> EngineMaker:
     """Makes the engine of this rank; torch.distributed's default group must be open, and every rank must call it."""
 
     def make(model_dir: Path, aligned: TensorSource, finetune: TensorSource, settings: MaskSettings) -> ShardedEngine:
         ranks = TorchRanks(device)
-        model, release = _model(model_dir, zero, ranks, aligned, device)
+        return_freed_memory()
+        weights_room = room_for(zero.offload_weights, device, zero.offload_dir, pinned=True)
+        model, release = _model(model_dir, zero, ranks, aligned, weights_dtype(settings), device, weights_room)
         layers = checkpointed_layers(model) if zero.activation_checkpointing else []
         homes: list[Any] = []
 
         def home(parameter: torch.nn.Parameter) -> Any:
-            homes.append(_home(parameter, zero, ranks))
+            homes.append(_home(parameter, zero, ranks, weights_room))
             return homes[-1]
 
         def publish() -> None:
@@ -64,6 +80,7 @@ def sharded(zero: ZeroSettings, *, device: torch.device | str = "cpu") -> Engine
             settings=settings,
             where=model_dir,
             home=home,
+            room=room_for(zero.offload, device, zero.offload_dir),
             published=publish,
             all_sum=ALONE.all_sum if zero.stage == 0 else ranks.all_sum,
         )
@@ -73,27 +90,33 @@ def sharded(zero: ZeroSettings, *, device: torch.device | str = "cpu") -> Engine
     return make
 
 
-def _home(parameter: torch.nn.Parameter, zero: ZeroSettings, ranks: Ranks) -> Any:
+def _home(parameter: torch.nn.Parameter, zero: ZeroSettings, ranks: Ranks, room: Room) -> Any:
     if zero.stage == 0:
         return ReplicatedParameter(parameter)
     if zero.stage == 3:
-        return PartitionedParameter(parameter, ranks)
+        return PartitionedParameter(parameter, ranks, room)
     return SplitParameter(parameter, ranks, eager=zero.stage == 2)
 
 
 def _model(
-    model_dir: Path, zero: ZeroSettings, ranks: Ranks, aligned: TensorSource, device: torch.device | str
+    model_dir: Path,
+    zero: ZeroSettings,
+    ranks: Ranks,
+    aligned: TensorSource,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    room: Room,
 ) -> tuple[Any, Callable[[], None] | None]:
     """The model, unfilled but for a base under LoRA layers, and what lets go of weights that a backward left gathered."""
-    on_factors = isinstance(aligned, FactorSource)
     if zero.stage < 3:
-        load = load_causal_lm if on_factors else empty_causal_lm
-        return base_model(load, model_dir, aligned).to(device), None
+        load = load_causal_lm if isinstance(aligned, FactorSource) else empty_causal_lm
+        return base_model(partial(load, dtype=dtype), model_dir, aligned).to(device), None
     import deepspeed
 
     without_shared_memory_op()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    config = {
+    config: dict[str, Any] = {
+        "bf16": {"enabled": dtype is torch.bfloat16},
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
             "stage": 3,
@@ -103,19 +126,52 @@ def _model(
             "stage3_max_reuse_distance": 0,
         },
     }
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        model = empty_causal_lm(model_dir)
+    if zero.offload_weights != "none":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": zero.offload_weights == "cpu"}
+    with _partitioned(config, room if zero.offload_weights == "nvme" else None):
+        model = empty_causal_lm(model_dir, dtype=dtype)
     if isinstance(aligned, FactorSource):
-        _fill(model, aligned.base, ranks, model_dir)
+        _fill(model, aligned.base, ranks, room, model_dir)
         model = add_factors(model, aligned)  # whole on every rank until DeepSpeed takes them over
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return model, engine.optimizer.partition_all_parameters
+    if zero.offload_weights == "nvme":
+        for module in model.modules():
+            module.register_forward_hook(_let_go)
+
+    def release() -> None:
+        engine.optimizer.partition_all_parameters()
+        for parameter in model.parameters():
+            drop(parameter.ds_tensor)
+
+    return model, release
 
 
-def _fill(model: torch.nn.Module, base: TensorSource, ranks: Ranks, where: Path) -> None:
+@contextmanager
+def _partitioned(config: dict[str, Any], room: Room | None) -> Iterator[None]:
+    """Cut every parameter that is made meanwhile into partitions, and have this rank's in `room`: at once, for all of them
+    together may not fit in memory."""
+    import deepspeed
+
+    class Init(deepspeed.zero.Init):  # type: ignore[misc]
+        def _zero_init_param(self, parameter: Any) -> None:
+            super()._zero_init_param(parameter)
+            if room is not None:
+                parameter.ds_tensor.data = room.zeros(parameter.ds_tensor.numel(), parameter.ds_tensor.dtype)
+
+    with Init(config_dict_or_path=config):
+        yield
+
+
+def _let_go(module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
+    """A layer's partitions were read to gather it; its backward will read them again."""
+    for parameter in module.parameters(recurse=False):
+        drop(parameter.ds_tensor)  # type: ignore[attr-defined]
+
+
+def _fill(model: torch.nn.Module, base: TensorSource, ranks: Ranks, room: Room, where: Path) -> None:
     """Put this rank's part of the base into its partitions, where it stays."""
     for name, parameter in source_parameters(model.requires_grad_(False), base, where).items():
-        home = PartitionedParameter(parameter, ranks)
+        home = PartitionedParameter(parameter, ranks, room)
         home.place.copy_(base.read(name, home.start, home.stop))
 
 

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import torch
 
-from components.checkpoints.source import blocks
 from components.errors import StorageError, TrainingError, listed
 from components.masks.anchor import Anchor
-from components.masks.concrete import BLOCK
 from components.masks.masked_model import MaskedModel, Weights
 from components.masks.objective import GROUP_OVERHEAD, Forwards, anchor_kl, preference_losses, score
 from components.masks.preferences import Pair, Row
@@ -115,7 +113,8 @@ class TorchEngine:
         self.forwards = forwards or Forwards()
         self.ranks = self.forwards.ranks
         self._accumulate = accumulate
-        self._moments = [(torch.zeros_like(p.logits), torch.zeros_like(p.logits)) for p in masked.packs]
+        made = [[masked.room.zeros(p.logits.numel(), p.logits.dtype) for _ in range(2)] for p in masked.packs]
+        self._moments = [(first, second) for first, second in made]
         self._updates = 0
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -138,8 +137,9 @@ class TorchEngine:
             )
         clip = self.settings.clip_norm
         if clip is not None and norm > clip:
-            for gradient in gradients:
-                gradient.mul_(clip / norm)
+            for pack, gradient in zip(self.masked.packs, gradients, strict=True):
+                for low, high in pack.logit_pieces(gradient):
+                    gradient[low:high].mul_(clip / norm)
         self._adam(gradients, self.settings.rate(batch.step))
         return metrics
 
@@ -206,9 +206,10 @@ class TorchEngine:
     def restart(self) -> None:
         """Back to the mask's start."""
         for pack, moments in zip(self.masked.packs, self._moments, strict=True):
-            pack.logits.fill_(self.settings.init_logit)
-            for moment in moments:
-                moment.zero_()
+            for low, high in pack.logit_pieces(*moments):
+                pack.logits[low:high].fill_(self.settings.init_logit)
+                for moment in moments:
+                    moment[low:high].zero_()
         self._updates = 0
 
     def _state(self) -> Iterator[tuple[str, Slice, torch.Tensor]]:
@@ -230,7 +231,7 @@ class TorchEngine:
         correct_2 = 1 - s.adam_beta2**self._updates
         rate = learning_rate / correct_1
         for pack, (first, second), gradient in zip(self.masked.packs, self._moments, gradients, strict=True):
-            for low, high in blocks(pack.logits.numel(), 2 * BLOCK) if pack.unit else pack.pieces():
+            for low, high in pack.logit_pieces(first, second, gradient):
                 g, m, v = gradient[low:high], first[low:high], second[low:high]
                 m.lerp_(g, 1 - s.adam_beta1)
                 v.mul_(s.adam_beta2).addcmul_(g, g, value=1 - s.adam_beta2)

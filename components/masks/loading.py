@@ -12,7 +12,9 @@ import torch
 from components.checkpoints.factors import FactorSource, add_factors, factor_parameters
 from components.checkpoints.source import TensorSource
 from components.errors import CheckpointError, ConfigError, listed
+from components.mapped import drop
 from components.masks.masked_model import MaskedModel
+from components.masks.rooms import MemoryRoom, Room
 from components.masks.settings import MaskSettings
 from components.masks.slices import Home, MaskedSlice, UnmaskedSlice, WholeParameter, finetuned_elements
 
@@ -86,11 +88,14 @@ def build_masked_model(
     where: Path,
     logits_dtype: torch.dtype = torch.float32,
     home: Callable[[torch.nn.Parameter], Home] = WholeParameter,
+    room: Room | None = None,
     **options: Any,
 ) -> MaskedModel:
-    """The model with every byte read that its homes own, and no other. `where` names the aligned model in errors, `options`
-    are MaskedModel's. Raises CheckpointError for parameters that the sources do not name or whose shapes differ."""
+    """The model with every byte read that its homes own, and no other. `where` names the aligned model in errors, `room` is for
+    logits and stored weights (by default they are where the model is), `options` are MaskedModel's. Raises CheckpointError
+    for parameters that the sources do not name or whose shapes differ."""
     parameters = source_parameters(model, aligned, where)
+    room = room or MemoryRoom(next(iter(parameters.values())).device)
     finetune_names, finetune_aliases = set(finetune.names()), finetune.aliases()
     masked = _chosen(sorted(parameters), settings)
     wrong: list[str] = []
@@ -106,19 +111,25 @@ def build_masked_model(
         if shapes != (here.shape,) * 2:
             wrong.append(f"{name}: aligned {list(shapes[0])}, finetune {list(shapes[1])}, model {list(here.shape)}")
             continue
-        safe = aligned.read(name, here.start, here.stop).to(here.weights.device)
-        tuned = finetuned_elements(finetune, other, here)
+        safe = room.keep(aligned.read(name, here.start, here.stop))
+        tuned = finetuned_elements(finetune, other, here, room)
         parameters[name].requires_grad_(name in masked)
         if name in masked:
             unit = None if settings.granularity == "element" else max(1, settings.unit(here.shape))
             size = here.stop - here.start if unit is None else torch.Size(here.shape).numel() // unit
-            logits = torch.full((size,), settings.init_logit, dtype=logits_dtype, device=here.weights.device)
+            logits = room.zeros(size, logits_dtype).fill_(settings.init_logit)
+            drop(logits)
             slices.append(MaskedSlice(name, here, safe, tuned, logits, unit))
         else:
             unmasked.append(UnmaskedSlice(name, here, safe, tuned))
     if wrong:
         raise CheckpointError(f"{where}: the finetune does not fit the aligned model: {listed(wrong)}")
-    return MaskedModel(model, slices, settings, unmasked=unmasked, **options)
+    return MaskedModel(model, slices, settings, unmasked=unmasked, room=room, **options)
+
+
+def weights_dtype(settings: MaskSettings) -> torch.dtype:
+    """The type in which the model goes forward and backward."""
+    return torch.float32 if settings.dtype == "float32" else torch.bfloat16
 
 
 def checkpointed_layers(model: Any) -> list[torch.nn.Module]:

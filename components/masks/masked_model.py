@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from components.mapped import drop
 from components.masks.concrete import (
     binary_mask,
     coefficient,
@@ -26,6 +27,7 @@ from components.masks.concrete import (
     soft_mask,
 )
 from components.masks.ranks import ALONE
+from components.masks.rooms import MemoryRoom, Room
 from components.masks.settings import MaskSettings
 from components.masks.slices import MaskedSlice, Pack, UnmaskedSlice, pack
 
@@ -57,10 +59,13 @@ class MaskedModel:
         unmasked: Sequence[UnmaskedSlice] = (),
         all_sum: Callable[[torch.Tensor], torch.Tensor] = ALONE.all_sum,
         published: Callable[[], None] = _nothing,
+        room: Room | None = None,
         remember: int = REMEMBER,
     ) -> None:
         self.model, self.slices, self.settings = model, list(slices), settings
-        self.packs = pack(self.slices)
+        self.room = room or MemoryRoom(self.slices[0].logits.device)
+        """Where logits live, and what else an optimizer keeps."""
+        self.packs = pack(self.slices, self.room)
         self.unmasked, self.all_sum, self._published = list(unmasked), all_sum, published
         self.numel = sum(s.numel for s in self.slices)
         """Elements of all masks, over all ranks."""
@@ -109,7 +114,7 @@ class MaskedModel:
             # In the place of ∂L/∂w, which is read for the last time here: one model's worth of memory less.
             in_place = p.unit is None and slope.dtype == p.logits.dtype
             gradient = slope if in_place else torch.zeros_like(p.logits)
-            for low, high in p.pieces():
+            for low, high in p.pieces(slope, *([] if p.unit else [gradient])):
                 if wanted == "mean" and _scratch(p, slope):
                     pull, bend = slope[low:high], p.weights[low:high]  # `_mean_pulls` left them there
                 else:
@@ -131,27 +136,32 @@ class MaskedModel:
                         gradient[first:last] = reached
                     else:
                         gradient[first:last] += p.gathered(reached, low + begin)
+                if self.settings.density_weight and p.unit is None:
+                    kept = soft_mask(p.logits[low:high])
+                    gradient[low:high].add_(kept * (1 - kept), alpha=self.settings.density_weight / self.numel)
             gradients.append(gradient)
         for s in self.slices:
             s.home.forget_gradient()
         self._samples.clear()
-        if self.shared:
-            gradients = self._over_ranks(gradients)
+        return self._shared_gradients(gradients) if self.shared else gradients
+
+    def _shared_gradients(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Each rank has what its own elements add to shared logits; all ranks need all of it, and the density's pull once."""
+        total = self.all_sum(torch.cat(gradients))
+        found = list(total.split([g.numel() for g in gradients]))  # type: ignore[no-untyped-call]
         if self.settings.density_weight:
-            for p, gradient in zip(self.packs, gradients, strict=True):
+            for p, gradient in zip(self.packs, found, strict=True):
                 kept = soft_mask(p.logits)
                 gradient.add_(kept * (1 - kept), alpha=self.settings.density_weight * (p.unit or 1) / self.numel)
-        return gradients
-
-    def _over_ranks(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Each rank has what its own elements add to shared logits; all ranks need all of it."""
-        total = self.all_sum(torch.cat(gradients))
-        return list(total.split([g.numel() for g in gradients]))  # type: ignore[no-untyped-call]
+        return found
 
     def norm(self, gradients: Sequence[torch.Tensor]) -> float:
-        """‖∂L/∂ℓ‖₂ over the whole mask."""
-        squares = torch.stack([g.square().sum(dtype=torch.float64) for g in gradients]).sum()
-        return float((squares if self.shared else self.all_sum(squares)).sqrt())
+        """‖∂L/∂ℓ‖₂ over the whole mask; by pieces, for a whole tensor's squares are three times its memory."""
+        total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+        for p, gradient in zip(self.packs, gradients, strict=True):
+            for low, high in p.logit_pieces(gradient):
+                total += gradient[low:high].square().sum(dtype=torch.float64)
+        return float((total if self.shared else self.all_sum(total)).sqrt())
 
     @torch.no_grad()
     def density(self) -> tuple[float, float]:
@@ -180,7 +190,11 @@ class MaskedModel:
 
     def _write_unmasked(self, weights: Weights) -> None:
         for plain in self.unmasked:
-            plain.weights.copy_((plain.aligned if weights == "aligned" else plain.finetuned)[:])
+            stored = plain.aligned if weights == "aligned" else plain.finetuned
+            plain.weights.copy_(stored[:])
+            if isinstance(stored, torch.Tensor):
+                drop(stored)
+            drop(plain.weights)
 
     def _sample(self, p: Pack, low: int, high: int, step: int, temperature: float) -> torch.Tensor:
         """s of elements [low, high) of a pack. Not to be written into."""
@@ -236,7 +250,7 @@ class MaskedModel:
         if self.settings.rescale != "mean":
             return [0.0] * len(self.slices)
         for p, slope in zip(self.packs, slopes, strict=True):
-            for low, high in p.pieces():
+            for low, high in p.pieces(slope):
                 sample, pull = self._sample(p, low, high, step, temperature), _pull(p, slope, low, high)
                 product = pull * self._harden(sample)
                 for i, begin, end in p.split(low, high):

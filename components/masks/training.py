@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ import torch
 from components.checkpoints.loading import load_causal_lm, load_tokenizer
 from components.checkpoints.source import TensorSource
 from components.errors import DataError, StorageError
+from components.mapped import return_freed_memory
 from components.masks.artifact import MaskArtifact, write_artifact
 from components.masks.data import PreferenceData, load_prompts
 from components.masks.engine import Batch, TorchEngine
-from components.masks.loading import base_model, build_masked_model, checkpointed_layers
+from components.masks.loading import base_model, build_masked_model, checkpointed_layers, weights_dtype
 from components.masks.pairs import answered, open_pairs
 from components.masks.preferences import Schedule, encode_prompt
 from components.masks.prepare import Prepared, prepare
 from components.masks.reference_cache import ReferenceCache
+from components.masks.rooms import room_for
 from components.masks.settings import MaskSettings
 from components.masks.state import SavedState
 from components.masks.zero import ZeroSettings
@@ -51,9 +54,17 @@ def one_process(zero: ZeroSettings) -> EngineMaker:
     """Makes the engine of a process that has the whole model to itself: of ZeRO, only what saves memory in one."""
 
     def make(model_dir: Path, aligned: TensorSource, finetune: TensorSource, settings: MaskSettings) -> TorchEngine:
-        model = base_model(load_causal_lm, model_dir, aligned)
+        return_freed_memory()
+        model = base_model(partial(load_causal_lm, dtype=weights_dtype(settings)), model_dir, aligned)
         layers = checkpointed_layers(model) if zero.activation_checkpointing else []
-        masked = build_masked_model(model=model, aligned=aligned, finetune=finetune, settings=settings, where=model_dir)
+        masked = build_masked_model(
+            model=model,
+            aligned=aligned,
+            finetune=finetune,
+            settings=settings,
+            where=model_dir,
+            room=room_for(zero.offload, "cpu", zero.offload_dir),
+        )
         return TorchEngine(masked, accumulate=zero.accumulate, layers=layers)
 
     return make
