@@ -64,10 +64,10 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "mask/metrics.jsonl").read_text().splitlines()]
 
 
-def state_of(run: Path, kind: str) -> torch.Tensor:
-    """Logits or a moment of every tensor after the last step, one after the other."""
+def state_of(run: Path, kind: str, *, steps: int = STEPS) -> torch.Tensor:
+    """Logits or a moment of every tensor after so many steps, one after the other."""
     found = []
-    with SavedState(run / f"state/step-{STEPS:08d}") as state:
+    with SavedState(run / f"state/step-{steps:08d}") as state:
         for key, numel in sorted(state.numels().items()):
             if key.startswith(f"{kind}/"):
                 found.append(torch.empty(numel))
@@ -127,19 +127,23 @@ def test_what_lies_over_files_is_trained_to_the_same_bits(tmp_path: Path) -> Non
 
 
 def test_bf16_is_trained_as_in_one_process_and_near_fp32(tmp_path: Path) -> None:
-    """A loss is rounded at every layer's output, to 2⁻⁹ of its size, so runs part after the first steps: the first step's loss
-    agrees to 2 %, all of them to 5 %, between ranks and one process as between bf16 and fp32."""
+    """bf16 rounds every layer's output to 2⁻⁹ of its size. One step's loss agrees to 1 %, the direction of its gradient (Adam's
+    first moment) to a cosine of 0.99 with fp32's and of 0.999 with the one process', whose sums are rounded elsewhere. Without
+    anchors: bf16 models answer them otherwise, which would be other data."""
     place = workplace(tmp_path, "llama")
-    settings = settings_of("realign") | {"dtype": "bfloat16"}
+    settings = {"steps": 1, "anchor_weight": 0.0}
+    given = settings_of("realign") | settings | {"dtype": "bfloat16"}
     variants = {f"bf16-{stage}": {"stage": stage, "accumulate": 2} for stage in (0, 1, 2, 3)}
-    jobs = [{"place": str(place), "settings": settings, "run": run, "zero": zero} for run, zero in variants.items()]
+    jobs = [{"place": str(place), "settings": given, "run": run, "zero": zero} for run, zero in variants.items()]
     run_ranks(2, jobs, tmp_path)
-    narrow, wide = alone(place, "realign", dtype="bfloat16"), alone(place, "realign")
+    narrow = alone(place, "realign", **settings, dtype="bfloat16")
+    wide = alone(place, "realign", **settings)
     assert losses(narrow) != losses(wide)
-    for reference, run in [(wide, narrow), *((narrow, place / variant) for variant in variants)]:
-        assert losses(run)[0] == pytest.approx(losses(reference)[0], rel=0.02)
-        assert losses(run) == pytest.approx(losses(reference), rel=0.05)
-        assert state_of(run, "logits").dtype == torch.float32
+    for reference, run, cosine in [(wide, narrow, 0.99), *((narrow, place / variant, 0.999) for variant in variants)]:
+        assert losses(run) == pytest.approx(losses(reference), rel=0.01)
+        got, want = state_of(run, "first", steps=1), state_of(reference, "first", steps=1)
+        assert torch.cosine_similarity(got, want, dim=0) > cosine
+        torch.testing.assert_close(got.norm(), want.norm(), rtol=0.02, atol=0)
 
 
 ARCHITECTURES = ("llama", "qwen", "gpt2", "moe")
