@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +147,31 @@ def test_bf16_is_trained_as_in_one_process_and_near_fp32(tmp_path: Path) -> None
         got, want = state_of(run, "first", steps=1), state_of(reference, "first", steps=1)
         assert torch.cosine_similarity(got, want, dim=0) > cosine
         torch.testing.assert_close(got.norm(), want.norm(), rtol=0.02, atol=0)
+
+
+BUFFERS = """
+import sys
+import torch
+from pathlib import Path
+from components.checkpoints.loading import empty_causal_lm
+from components.masks.rooms import MemoryRoom
+from components.masks.zero import ZeroSettings
+from ray_jobs.deepspeed_engine import _model
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=0, world_size=1)
+model, _ = _model(Path(sys.argv[1]), ZeroSettings(), torch.bfloat16, "cpu", MemoryRoom())
+assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+wanted = dict(empty_causal_lm(Path(sys.argv[1]), dtype=torch.bfloat16).named_buffers())
+assert wanted and all(b.dtype == torch.float32 and torch.equal(b, wanted[n]) for n, b in model.named_buffers())
+"""
+
+
+def test_a_partitioned_bf16_model_computes_its_buffers_in_fp32(tmp_path: Path) -> None:
+    """Rotary frequencies: in bf16 they would differ from those of the model that is used afterwards."""
+    place = saved(tiny_model("llama"), tmp_path / "model")
+    environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", BUFFERS, str(place), str(tmp_path / "meeting")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 ARCHITECTURES = ("llama", "qwen", "gpt2", "moe")
