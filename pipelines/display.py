@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from pipelines.driver import NodeState, Watcher
 
-_COLUMNS = ("load", "extract_delta", "train_mask", "search_scale", "fuse", "evaluate")
+_COLUMNS = ("load", "extract_delta", "train_mask", "search_scale", "fuse", "evaluate", "export_adapter")
+"""Those that a run has are shown."""
 _MARKS = {"waiting": "·", "running": "…", "done": "✓", "kept": "✓", "failed": "✗", "skipped": "-"}
 
 
@@ -73,12 +74,13 @@ def progress_table(nodes: dict[str, NodeState], workspace: Workspace) -> Table:
 
     table = Table(title=f"{sum(s.ended for s in nodes.values())} of {len(nodes)} steps", title_justify="left")
     table.add_column("")
-    for column in _COLUMNS:
+    columns = [column for column in _COLUMNS if any(s.node.step.stage == column for s in nodes.values())]
+    for column in columns:
         table.add_column(column)
     rows = dict.fromkeys(s.node.finetune for s in nodes.values())
     for finetune in rows:
         mine = [s for s in nodes.values() if s.node.finetune == finetune]
-        cells = [_cell([s for s in mine if s.node.step.stage == column], workspace) for column in _COLUMNS]
+        cells = [_cell([s for s in mine if s.node.step.stage == column], workspace) for column in columns]
         table.add_row(finetune or "(once)", *cells)
     return table
 

@@ -51,10 +51,10 @@ def write_adapter_config(out_dir: Path, config: Mapping[str, Any], *, base: Chec
     write_json(out_dir / ADAPTER_CONFIG, dict(sorted({**written, **{k: sorted(v) for k, v in texts.items()}}.items())))
 
 
-def copy_adapter_files(adapter: Checkpoint, out_dir: Path) -> list[str]:
-    """Beside factors of an adapter's own shapes: its config, with its base named where it lies, and tokenizer. Returns the
+def copy_adapter_files(adapter: Checkpoint, out_dir: Path, *, tokenizer_dir: Path) -> list[str]:
+    """Beside factors of an adapter's own shapes: its config, with its base named where it lies, and the tokenizer. Returns the
     names written."""
     assert adapter.base is not None
     config = read_json(adapter.path / ADAPTER_CONFIG)
     write_json(out_dir / ADAPTER_CONFIG, {**config, "base_model_name_or_path": str(adapter.base.path.resolve())})
-    return [ADAPTER_CONFIG, *copy_tokenizer(adapter.tokenizer_dir, out_dir)]
+    return [ADAPTER_CONFIG, *copy_tokenizer(tokenizer_dir, out_dir)]

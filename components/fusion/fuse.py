@@ -134,9 +134,9 @@ def fuse_checkpoint(
             counts[name].add(b)
             writer.write(name, b.start, b.values)
 
-    if isinstance(finetune.source, FactorSource):
+    if isinstance(aligned.source, FactorSource):
         write = _write(source, inputs, out_dir, sink, progress, single_file=ADAPTER_WEIGHTS)
-        write.files += copy_adapter_files(finetune, out_dir)
+        write.files += copy_adapter_files(aligned, out_dir, tokenizer_dir=finetune.tokenizer_dir)
     else:
         write = _write(source, inputs, out_dir, sink, progress, max_shard_bytes=settings.max_shard_bytes)
         write.files += _side_files(source, finetune, aligned, out_dir)

@@ -119,29 +119,42 @@ def finetune(
     model = load_float32(aligned)
     phase_seed = seed + 2 + sum(map(ord, task))
     if settings.kind == "lora":
-        return _train_adapter(model, words, examples, settings, phase_seed, out, base=os.path.relpath(aligned, out))
+        return train_adapter(model, words, examples, settings.train, phase_seed, out, base=aligned, rank=settings.rank)
     loss = _train(model, words, examples, settings.train, phase_seed)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     save_model(model, words, out, dtype=dtype, shard_bytes=shard_bytes * dtype.itemsize // 2)
     return loss
 
 
-def _train_adapter(
-    model: Any, words: Any, examples: list[Example], settings: FinetuneSettings, seed: int, out: Path, *, base: str
+def train_adapter(
+    model: Any,
+    words: Any,
+    examples: list[Example],
+    settings: TrainSettings,
+    seed: int,
+    out: Path,
+    *,
+    base: Path,
+    rank: int,
+    start: Path | None = None,
 ) -> float:
-    from peft import LoraConfig, get_peft_model
+    """A LoRA adapter of `model`, which lies in `base`: a new one, or one that continues the adapter `start`."""
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=_LINEAR, task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config)
-    loss = _train(adapted.get_base_model(), words, examples, settings.train, seed)
+    if start is None:
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_LINEAR, task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, config)
+    else:
+        adapted = PeftModel.from_pretrained(model, str(start), is_trainable=True)
+    loss = _train(adapted.get_base_model(), words, examples, settings, seed)
     with _whole(out) as tmp:
         adapted.save_pretrained(tmp, safe_serialization=True)
         # PEFT writes the path it loaded from, a model card, and sets in no fixed order.
         (tmp / "README.md").unlink(missing_ok=True)
         path = tmp / "adapter_config.json"
         content = json.loads(path.read_text())
-        content["base_model_name_or_path"] = base
+        content["base_model_name_or_path"] = os.path.relpath(base, out)
         content = {
             k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v
             for k, v in content.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,27 +11,19 @@ from safetensors.torch import load_file
 
 from components.masks.artifact import MaskArtifact
 from components.reporting.schema import read_summary
+from components.testbed.lora_track import build_lora_track, lora_track_config
 from tests.components.checkpoints.tiny import same_bits
-from tests.pipelines.lora_track import lora_track
-from tests.pipelines.small import run, small_config, write_config
+from tests.families import minute_family
+from tests.pipelines.small import run, write_config
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
 
 
-def config_of(directory: Path) -> dict[str, Any]:
-    base, safety, task = lora_track(directory)
-    config = small_config(directory, finetunes=("hi",), steps=200)
-    config |= {"aligned": str(safety), "aligned_base": str(base)}
-    del config["unaligned"]
-    config["finetunes"][0]["path"] = str(task)
-    config["mask"] |= {"track": "factors"}
-    config["fusion"] = {"controls": ["random_mask", "paper"]}
-    config["evaluation"]["sets"] = [{k: v for k, v in s.items() if k != "limit"} for s in config["evaluation"]["sets"]]
-    return config
-
-
 def test_a_task_lora_is_realigned_and_leaves_as_an_adapter(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
+    family = minute_family()
+    build_lora_track(family, tmp_path / "adapters", tasks=["hi"])
+    config = lora_track_config(family, tmp_path / "adapters", tasks=["hi"])
+    config["mask"]["settings"] = {"steps": 200}
     workspace = tmp_path / "workspace"
     finished = run(write_config(tmp_path, config), workspace)
     assert finished.returncode == 0, finished.stderr

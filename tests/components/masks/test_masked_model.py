@@ -525,3 +525,6 @@ def test_a_lora_finetune_is_held_as_factors_and_trains_with_the_same_bits(
         "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     )}  # fmt: skip
     assert not any(isinstance(s.finetuned, FactoredSlice) for s in [*whole.slices, *whole.unmasked])
+    part = FactoredSlice(lora, "model.layers.0.mlp.up_proj.weight", 1001, 151_000)  # a rank's run, and a piece of it
+    assert torch.equal(part[7:140_001], merged.read(part.name, 1008, 141_002))
+    assert torch.equal(part[:], merged.read(part.name, 1001, 151_000))
