@@ -222,3 +222,21 @@ def test_training_goes_on_at_another_number_of_ranks(tmp_path: Path) -> None:
         run_ranks(world, [{**job, "zero": {"stage": stage}, "stop_at": 5}], tmp_path)
     run_ranks(2, [{**job, "zero": {"stage": 0}}], tmp_path)
     assert_same_training(place / "moved", alone(place, "realign"))
+
+
+@pytest.mark.slow
+def test_shared_logits_are_the_same_on_every_rank(tmp_path: Path) -> None:
+    """Rows and tensors that ranks cut through; also stopped on two ranks and gone on with by one."""
+    places = {architecture: workplace(tmp_path, architecture) for architecture in ("llama", "moe")}
+    cells = [(a, g, stage) for a in places for g in ("row", "tensor") for stage in (0, 2, 3)]
+    jobs = [
+        {"place": str(places[a]), "run": f"{g}-{stage}", "zero": {"stage": stage},
+         "settings": settings_of("realign") | {"granularity": g}}
+        for a, g, stage in cells
+    ]  # fmt: skip
+    run_ranks(2, [*jobs, {**jobs[2], "run": "moved", "stop_at": 8}], tmp_path, timeout=600)
+    run_ranks(1, [{**jobs[1], "run": "moved"}], tmp_path)
+    references = {(a, g): alone(places[a], "realign", granularity=g) for a in places for g in ("row", "tensor")}
+    for a, g, stage in cells:
+        assert_same_training(places[a] / f"{g}-{stage}", references[a, g])
+    assert_same_training(places["llama"] / "moved", references["llama", "row"])
