@@ -130,7 +130,7 @@ def _try(family: Path, job: Job) -> dict[str, float]:
             found = _dev(config, finetune, model, tokenizer)
             rates |= {f"{form}_asr": found["asr"], f"{form}_over": found["over"]}
             rates[f"{form}_kept"] = found["task"] / max(before["task"], 1e-9)
-    return rates | {"seconds": result.seconds["steps"]}
+    return rates | {"seconds": result.cost["seconds"]["steps"]}
 
 
 def _dev(config: RunConfig, finetune: FinetuneConfig, model: Any, tokenizer: Any) -> dict[str, float]:

@@ -114,6 +114,9 @@ def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
     for step in ("train_mask", "train_mask_paper"):
         path = run.result_dir(records[step]) / "mask" / "metrics.jsonl" if step in records else Path("absent")
         series += read_series(path, step) if path.is_file() else []
+    for step in ("train_mask", "train_mask_paper"):
+        cost = records[step].metrics if step in records else {}
+        metrics |= {f"{step}/{key}": cost[key] for key in ("tokens_per_second", "peak_memory_bytes") if cost.get(key)}
     shares = entry.get("density", {}).get("tensors", {})
     for layer, (mean, spread) in layer_figures(shares).items():
         metrics |= {f"density/layer_{int(layer):03d}": mean, f"density_spread/layer_{int(layer):03d}": spread}

@@ -32,13 +32,13 @@ def run(context: StageContext) -> Outcome:
     one rank, ends with the same bytes."""
     execution = execution_of(context)
     if execution.ranks == 1:
-        seconds = train(context, one_process(execution)).seconds
+        cost = train(context, one_process(execution)).cost
     else:
         from ray_jobs.train_ranks import train_on_ranks
 
-        seconds = train_on_ranks(context, execution)
+        cost = train_on_ranks(context, execution)
     metrics = MaskArtifact.open(context.out / "mask").figures()
-    return Outcome(metrics={**metrics, "seconds": seconds}, notes=_notes(metrics["data"], _settings(context)))
+    return Outcome(metrics={**metrics, **cost}, notes=_notes(metrics["data"], _settings(context)))
 
 
 def execution_of(context: StageContext) -> MaskExecution:

@@ -19,9 +19,9 @@ from ray_jobs.stage import StageContext, StageSpec
 _ENDED = "ranks-ended.json"
 
 
-def train_on_ranks(context: StageContext, execution: MaskExecution) -> dict[str, float]:
-    """Train on `execution.ranks` processes, started again from the last state when some are lost. Returns the seconds of each
-    phase. Raises what the ranks raised: a RealignError as it was, else Ray's TrainingFailedError.
+def train_on_ranks(context: StageContext, execution: MaskExecution) -> dict[str, Any]:
+    """Train on `execution.ranks` processes, started again from the last state when some are lost. Returns what the last start
+    cost (`MaskResult.cost`). Raises what the ranks raised: a RealignError as it was, else Ray's TrainingFailedError.
 
     Ray Train keeps no checkpoint here: the state is ours, in the attempt's directory, and outlives the group.
     """
@@ -52,8 +52,8 @@ def train_on_ranks(context: StageContext, execution: MaskExecution) -> dict[str,
     told: dict[str, Any] = json.loads(ended.read_text())
     if "error" in told:
         raise getattr(errors, told["error"]["type"])(told["error"]["message"])
-    seconds: dict[str, float] = told["seconds"]
-    return seconds
+    cost: dict[str, Any] = told["cost"]
+    return cost
 
 
 def _given(context: StageContext) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _rank(given: dict[str, Any]) -> None:
     torch.use_deterministic_algorithms(True)
     device = torch.device("cuda", torch.cuda.current_device()) if execution.device == "cuda" else "cpu"
     try:
-        told: dict[str, Any] = {"seconds": train(context, sharded(execution, device=device)).seconds}
+        told: dict[str, Any] = {"cost": train(context, sharded(execution, device=device)).cost}
     except RealignError as error:
         told = {"error": error_payload(error)}
     write_atomic(attempt.state / _ENDED, json.dumps(told))

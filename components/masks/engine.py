@@ -49,6 +49,11 @@ class Batch:
         """Pairs and answer tokens of the whole batch."""
         return self.counts or (len(self.pairs), sum(a.row.response for a in self.anchors))
 
+    def tokens(self) -> int:
+        """Tokens of every prompt with its answer."""
+        rows = [row for p in self.pairs for row in (p.pair.chosen, p.pair.rejected)]
+        return sum(len(row.tokens) for row in (*rows, *(a.row for a in self.anchors)))
+
     def share(self, index: int, shares: int) -> Batch:
         """One of `shares` parts: every `shares`-th pair and anchor from `index` on."""
         return Batch(self.step, self.pairs[index::shares], self.anchors[index::shares], self.totals())

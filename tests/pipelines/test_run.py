@@ -182,6 +182,8 @@ def test_tracking_shows_one_run_with_a_nested_run_per_finetune(finished: Finishe
     series = client.get_metric_history(nested["zh"].info.run_id, "train_mask/loss")
     assert [m.step for m in series] == list(range(25))
     assert 0 < nested["zh"].data.metrics["density/layer_001"] <= 1
+    assert nested["zh"].data.metrics["train_mask/tokens_per_second"] > 10
+    assert nested["zh"].data.metrics["train_mask/peak_memory_bytes"] > 2**27
     pictures = [a.path for a in client.list_artifacts(nested["zh"].info.run_id)]
     assert pictures == ["density-zh.svg"]
 

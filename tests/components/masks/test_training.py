@@ -75,7 +75,9 @@ def test_a_mask_learns_to_prefer_the_chosen_answers(place: Workplace) -> None:
     about = result.artifact.metadata["tensors"]
     assert set(about) == {n for n, _ in place.model.named_parameters()}
     assert all(0 <= t["density"] <= 1 and 0 <= t["delta_zero_share"] <= 1 for t in about.values())
-    assert set(result.seconds) == {"load", "prepare", "steps", "evaluate", "write"}
+    assert set(result.cost["seconds"]) == {"load", "prepare", "steps", "evaluate", "write"}
+    assert result.cost["tokens_per_second"] * result.cost["seconds"]["steps"] > 24 * (2 * 4 + 3) * 8
+    assert result.cost["peak_memory_bytes"] > 2**27
     # Where the finetune changed nothing the logits stay at ℓ₀.
     name = "model.layers.0.mlp.up_proj.weight"
     finetune = dict(place.finetune.named_parameters())[name].detach().view(-1)
