@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import queue
 import socket
 import sys
 import tempfile
@@ -24,21 +25,36 @@ from typing import Any
 from benchmarks.mask_training import rss
 
 STEPS, PAIRS, TOKENS = 2, 4, 64
+SHAPES = {
+    "quick": {
+        "vocab_size": 500, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 2,
+    },
+    "213M": {
+        "vocab_size": 16_000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 14,
+        "num_attention_heads": 16,
+    },
+    "504M": {
+        "vocab_size": 32_000, "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 14,
+        "num_attention_heads": 16,
+    },
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--stage", type=int, default=3, choices=[0, 1, 2, 3])
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--size", choices=list(SHAPES), default="213M")
+    parser.add_argument("--quick", action="store_true", help="the smallest size on 1 and 2 ranks")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.ranks = [1, 2]
+        options.ranks, options.size = [1, 2], "quick"
     found: dict[int, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        parameters = _models(Path(scratch), quick=options.quick)
+        parameters = _models(Path(scratch), SHAPES[options.size])
         for world in options.ranks:
-            found[world] = _measure(Path(scratch), world, options.stage)
+            job = {"zero": {"stage": options.stage}, "steps": STEPS, "pairs": PAIRS, "tokens": TOKENS}
+            found[world] = measure(Path(scratch), world, job)
     sys.stdout.write(f"ZeRO-{options.stage}, {parameters / 1e6:.0f} M parameters, {PAIRS} pairs of {TOKENS} tokens\n")
     one = max(r["peak"] for r in found[options.ranks[0]]) * options.ranks[0]
     shares = {}
@@ -46,7 +62,7 @@ def main(arguments: list[str]) -> int:
         most = max(r["peak"] for r in ranks)
         shares[world] = most / (one / world)
         each = " ".join(f"{r['peak'] / 2**30:.2f}" for r in ranks)
-        seconds = max(r["seconds"] for r in ranks)
+        seconds = max(r["step"] for r in ranks)
         sys.stdout.write(
             f"  {world} ranks: {each} GiB; {shares[world]:.2f} of a perfect share; {seconds:.1f} s a step\n"
         )
@@ -58,16 +74,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _models(root: Path, *, quick: bool) -> int:
+def _models(root: Path, shape: dict[str, int]) -> int:
     """Two model directories; how many parameters each has."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16}
-    if quick:
-        shape = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=500 if quick else 16_000, **shape)).to(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16)
     model.save_pretrained(root / "aligned")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -76,16 +89,26 @@ def _models(root: Path, *, quick: bool) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _measure(root: Path, world: int, stage: int) -> list[dict[str, float]]:
+def measure(root: Path, world: int, job: dict[str, Any]) -> list[dict[str, float]]:
+    """What `_rank` tells of each of `world` gloo ranks, on the models `root/aligned` and `root/finetune`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
-    ranks = [context.Process(target=_rank, args=(root, rank, world, port, stage, told)) for rank in range(world)]
+    ranks = [context.Process(target=_rank, args=(root, rank, world, port, job, told)) for rank in range(world)]
     for process in ranks:
         process.start()
-    found: dict[int, dict[str, float]] = dict(told.get() for _ in ranks)
+    found: dict[int, dict[str, float]] = {}
+    while len(found) < world:
+        try:
+            rank, figures = told.get(timeout=5)
+            found[rank] = figures
+        except queue.Empty:
+            if any(process.exitcode for process in ranks):
+                for process in ranks:
+                    process.kill()
+                raise RuntimeError("a rank failed; what it said is above") from None
     for process in ranks:
         process.join()
     return [found[rank] for rank in range(world)]
@@ -107,7 +130,8 @@ class _Peak:
         return self.most - self.start
 
 
-def _rank(root: Path, rank: int, world: int, port: int, stage: Any, told: Any) -> None:
+def _rank(root: Path, rank: int, world: int, port: int, job: dict[str, Any], told: Any) -> None:
+    """Load, make steps and, where the job says so, save. Tells the peak memory above the imports, and seconds of each."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     import deepspeed  # noqa: F401 - part of the baseline
@@ -123,22 +147,44 @@ def _rank(root: Path, rank: int, world: int, port: int, stage: Any, told: Any) -
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    peak = _Peak()
+    peak, clock = _Peak(), time.perf_counter()
+    seconds: dict[str, float] = {}
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
+
     aligned, finetune = open_checkpoint(root / "aligned"), open_checkpoint(root / "finetune")
-    make = sharded(ZeroSettings(stage=stage))
-    engine = make(root / "aligned", aligned.source, finetune.source, resolve("paper"))
+    make = sharded(ZeroSettings(**job["zero"]))
+    engine = make(root / "aligned", aligned.source, finetune.source, resolve("paper", job.get("settings", {})))
+    lap("load")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 500, (PAIRS, 2, TOKENS), generator=generator).tolist()
-    half = TOKENS // 2
+    ids = torch.randint(0, 500, (job["pairs"], 2, job["tokens"]), generator=generator).tolist()
+    half = job["tokens"] // 2
     pairs = [Pair(i, Row(tuple(c), half), Row((*c[:half], *r[half:]), half)) for i, (c, r) in enumerate(ids)]
-    seconds = 0.0
-    for step in range(STEPS):
-        start = time.perf_counter()
+    for step in range(job["steps"]):
         engine.step(Batch(step, tuple(ScoredPair(pair, (-500.0, -500.0)) for pair in pairs)))
-        seconds = time.perf_counter() - start
+        lap("step")
+    if "save" in job:
+        engine.save(Path(job["save"]))
+        torch.distributed.barrier()
+        lap("state")
+        if rank == 0:
+            _artifact(engine.masked, Path(job["save"]))
+            lap("artifact")
     torch.distributed.barrier()
-    told.put((rank, {"peak": peak.above(), "seconds": seconds}))
+    told.put((rank, {"peak": peak.above(), **seconds}))
     torch.distributed.destroy_process_group()
+
+
+def _artifact(masked: Any, directory: Path) -> None:
+    from components.masks.artifact import write_artifact
+    from components.masks.state import SavedState
+
+    shapes = {s.name: s.home.shape for s in masked.slices}
+    with SavedState(directory) as saved:
+        shards = ((n, at, at + v.numel(), v) for n in shapes for at, v in saved.pieces(f"logits/{n}"))
+        write_artifact(directory / "mask", shapes=shapes, shards=shards, settings=masked.settings)
 
 
 if __name__ == "__main__":

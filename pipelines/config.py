@@ -155,6 +155,11 @@ class TrackingSection(Section):
     """Register every realigned finetune as a model version."""
 
 
+def _placed(execution: MaskExecution, info: ValidationInfo) -> MaskExecution:
+    given = execution.offload_dir
+    return execution.model_copy(update={"offload_dir": given and _absolute(given, info)})
+
+
 class ExecutionSection(Section):
     """How, not what: changes no result beyond floating-point order."""
 
@@ -164,7 +169,7 @@ class ExecutionSection(Section):
     """CPUs that stages share; by default all of this machine."""
     batch_size: int = Field(default=256, ge=1)
     """Prompts generated together."""
-    mask: MaskExecution = MaskExecution()
+    mask: Annotated[MaskExecution, AfterValidator(_placed)] = MaskExecution()
     """The processes that train a mask together, and what of it each of them keeps."""
 
 

@@ -19,7 +19,7 @@ from ray_jobs.stage import Outcome, StageContext
 def run(context: StageContext) -> Outcome:
     """Writes `mask/`: the artifact and `metrics.jsonl` (a line per step). A killed attempt goes on at its last state and, on
     one rank, ends with the same bytes."""
-    execution = MaskExecution(**context.spec.execution.get("mask", {}))
+    execution = execution_of(context)
     if execution.ranks == 1:
         seconds = train(context, one_process(execution)).seconds
     else:
@@ -30,9 +30,15 @@ def run(context: StageContext) -> Outcome:
     return Outcome(metrics={**metrics, "seconds": seconds}, notes=_notes(metrics["data"], _settings(context)))
 
 
+def execution_of(context: StageContext) -> MaskExecution:
+    """What the spec says, with every place named."""
+    execution = MaskExecution(**context.spec.execution.get("mask", {}))
+    return execution.model_copy(update={"offload_dir": execution.offload_dir or context.state})
+
+
 def train(context: StageContext, make_engine: EngineMaker) -> MaskResult:
     """What every rank does."""
-    execution = MaskExecution(**context.spec.execution.get("mask", {}))
+    execution = execution_of(context)
     aligned, finetune = checkpoint(context, "load_aligned"), checkpoint(context, "load")
     files = {role: _same_files(context, role, paths) for role, paths in context.spec.execution["files"].items()}
     [dev] = files.get("preferences_dev", [None])

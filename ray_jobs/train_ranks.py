@@ -75,13 +75,13 @@ def _rank(given: dict[str, Any]) -> None:
     path, owner = given["lease"]
     attempt = Attempt(out=Path(given["out"]), state=Path(given["state"]), lease=Claim(Path(path), owner))
     context = StageContext(spec, Workspace(Path(spec.workspace)), attempt, parents={})
-    execution = MaskExecution(**spec.execution["mask"])
+    from ray_jobs.train_mask import execution_of, train
+
+    execution = execution_of(context)
     if execution.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(int(spec.execution.get("threads", 1)))
     torch.use_deterministic_algorithms(True)
-    from ray_jobs.train_mask import train
-
     device = torch.device("cuda", torch.cuda.current_device()) if execution.device == "cuda" else "cpu"
     try:
         told: dict[str, Any] = {"seconds": train(context, sharded(execution, device=device)).seconds}

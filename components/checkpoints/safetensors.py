@@ -6,7 +6,6 @@ Opening reads headers only; a read maps the file and touches the pages of the ra
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from components.checkpoints.headers import Header, Placed, read_header
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, listed
+from components.mapped import FileMap, map_file, tensor_over
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -31,7 +31,7 @@ class MappedFile:
 
     def __init__(self, header: Header) -> None:
         self.header = header
-        self._map: mmap.mmap | None = None
+        self._map: FileMap | None = None
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of a tensor, 1-D, in the stored dtype, aliasing the map."""
@@ -41,14 +41,13 @@ class MappedFile:
             return torch.empty(0, dtype=dtype)
         if self._map is None:
             with self.header.path.open("rb") as file:
-                # ACCESS_COPY is a private map: torch takes it as writable (no warning), the file cannot be changed
-                # through it, and untouched pages stay the page cache's.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                # Private: torch takes it as writable (no warning), and the file cannot be changed through it.
+                self._map = map_file(file, private=True)
         offset = placed.offset + start * dtype.itemsize
         if offset % dtype.itemsize:  # foreign writers may leave tensors unaligned
             raw = bytearray(self._map[offset : offset + (stop - start) * dtype.itemsize])
             return torch.frombuffer(raw, dtype=dtype)
-        return torch.frombuffer(self._map, dtype=dtype, count=stop - start, offset=offset)
+        return tensor_over(self._map, dtype, stop - start, offset)
 
 
 class SafetensorsSource:
@@ -62,7 +61,8 @@ class SafetensorsSource:
         self.directory = directory
         self.config = read_config(directory)
         self.files, headers = _open_weights(directory)
-        self._files = {name: MappedFile(header) for header in headers for name in header.tensors}
+        files = [MappedFile(header) for header in headers]
+        self._files = {name: file for file in files for name in file.header.tensors}
         self._placed: dict[str, Placed] = {name: header.tensors[name] for header in headers for name in header.tensors}
         self.computed = sorted(n for n in self._placed if any(n.endswith(f".{end}") for end in _COMPUTED))
         """Stored buffers that are left out: the model computes them."""

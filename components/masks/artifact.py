@@ -7,17 +7,18 @@ The tensors file is written header first and its pieces go to their offsets as t
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from components.errors import CheckpointError, listed
+from components.mapped import drop, map_file, reserve, tensor_over
 from components.masks.concrete import BLOCK, binary_mask, soft_mask
 from components.masks.settings import MaskSettings
 
@@ -68,16 +69,18 @@ def write_artifact(
     text += b" " * (-len(text) % 8)
     path = directory / TENSORS_FILE
     with path.open("wb") as file:
-        _reserve(file, 8 + len(text) + at)
+        reserve(file, 0, 8 + len(text) + at)
         file.write(struct.pack("<Q", len(text)) + text)
     tallies = {name: _Tally() for name in shapes}
     if at:
-        data = np.memmap(path, dtype=np.uint8, mode="r+", offset=8 + len(text), shape=(at,))
+        with path.open("r+b") as file:
+            mapped = map_file(file, private=False)
+        data = tensor_over(mapped, torch.uint8, at, 8 + len(text))
         for name, start, stop, logits in shards:
-            _store(data, offsets[name], start, logits, tallies[name], bits=bits)
+            _store(data.numpy(), offsets[name], start, logits, tallies[name], bits=bits)
             assert stop - start == logits.numel(), name
-        data.flush()
-        del data
+            drop(data)
+        mapped.flush()
     incomplete = [name for name, tally in tallies.items() if tally.seen != _numel(shapes[name])]
     assert not incomplete, f"shards do not cover {listed(incomplete)}"
     tensors = {
@@ -105,15 +108,6 @@ def write_artifact(
     (directory / STATISTICS_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
-def _reserve(file: IO[bytes], size: int) -> None:
-    """Give an empty file its size, on the disk too: a write through a map that finds the disk full kills the process
-    (SIGBUS), a reservation raises OSError."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:
-        file.truncate(size)
-
-
 def _numel(shape: Iterable[int]) -> int:
     n = 1
     for s in shape:
@@ -122,7 +116,7 @@ def _numel(shape: Iterable[int]) -> int:
 
 
 def _store(
-    data: np.memmap[Any, np.dtype[np.uint8]],
+    data: npt.NDArray[np.uint8],
     offset: int,
     start: int,
     logits: torch.Tensor,

@@ -158,7 +158,7 @@ def coefficient(mask: torch.Tensor, *, scale: float, mean: float) -> torch.Tenso
 
 def interpolate_into(out: torch.Tensor, aligned: torch.Tensor, finetuned: torch.Tensor, c: torch.Tensor) -> None:
     """out = a + c (f − a), exactly a where c = 0 and exactly f where c = 1 (torch.lerp works from the nearer end)."""
-    if out.dtype == aligned.dtype:
+    if (out.dtype, out.device) == (aligned.dtype, aligned.device):
         torch.lerp(aligned, finetuned, c, out=out)
     else:
         out.copy_(torch.lerp(aligned, finetuned, c))

@@ -113,7 +113,8 @@ class TorchEngine:
         self.forwards = forwards or Forwards()
         self.ranks = self.forwards.ranks
         self._accumulate = accumulate
-        self._moments = [(torch.zeros_like(p.logits), torch.zeros_like(p.logits)) for p in masked.packs]
+        made = [[masked.room.zeros(p.numel, p.logits.dtype) for _ in range(2)] for p in masked.packs]
+        self._moments = [(first, second) for first, second in made]
         self._updates = 0
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -128,8 +129,7 @@ class TorchEngine:
                 "lower mask.learning_rate or look at these rows"
             )
         gradients = self.masked.logit_gradients()
-        squares = torch.stack([g.square().sum(dtype=torch.float64) for g in gradients]).sum()
-        norm = self.masked.all_sum(squares).sqrt().item()
+        norm = self.masked.all_sum(self._squares(gradients)).sqrt().item()
         metrics["gradient_norm"] = norm
         if not math.isfinite(norm):
             raise TrainingError(
@@ -137,8 +137,9 @@ class TorchEngine:
             )
         clip = self.settings.clip_norm
         if clip is not None and norm > clip:
-            for gradient in gradients:
-                gradient.mul_(clip / norm)
+            for pack, gradient in zip(self.masked.packs, gradients, strict=True):
+                for low, high in pack.pieces(gradient):
+                    gradient[low:high].mul_(clip / norm)
         self._adam(gradients, self.settings.rate(batch.step))
         return metrics
 
@@ -205,9 +206,10 @@ class TorchEngine:
     def restart(self) -> None:
         """Back to the mask's start."""
         for pack, moments in zip(self.masked.packs, self._moments, strict=True):
-            pack.logits.fill_(self.settings.init_logit)
-            for moment in moments:
-                moment.zero_()
+            for low, high in pack.pieces(*moments):
+                pack.logits[low:high].fill_(self.settings.init_logit)
+                for moment in moments:
+                    moment[low:high].zero_()
         self._updates = 0
 
     def _state(self) -> Iterator[tuple[str, Slice, torch.Tensor]]:
@@ -218,6 +220,14 @@ class TorchEngine:
                 for kind, flat in (("logits", pack.logits), ("first", first), ("second", second)):
                     yield f"{kind}/{s.name}", part, flat[begin:end]
 
+    def _squares(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Σ g² of what is here, fp64; by pieces, for a whole tensor's squares are three times its memory."""
+        total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+        for pack, gradient in zip(self.masked.packs, gradients, strict=True):
+            for low, high in pack.pieces(gradient):
+                total += gradient[low:high].square().sum(dtype=torch.float64)
+        return total
+
     @torch.no_grad()
     def _adam(self, gradients: Sequence[torch.Tensor], learning_rate: float) -> None:
         """Adam (arXiv 1412.6980), written out so that its state is plain tensors which any engine can shard."""
@@ -227,7 +237,7 @@ class TorchEngine:
         correct_2 = 1 - s.adam_beta2**self._updates
         rate = learning_rate / correct_1
         for pack, (first, second), gradient in zip(self.masked.packs, self._moments, gradients, strict=True):
-            for low, high in pack.pieces():
+            for low, high in pack.pieces(first, second, gradient):
                 g, m, v = gradient[low:high], first[low:high], second[low:high]
                 m.lerp_(g, 1 - s.adam_beta1)
                 v.mul_(s.adam_beta2).addcmul_(g, g, value=1 - s.adam_beta2)

@@ -11,7 +11,9 @@ import torch
 
 from components.checkpoints.source import TensorSource
 from components.errors import CheckpointError, ConfigError, listed
+from components.mapped import drop
 from components.masks.masked_model import MaskedModel
+from components.masks.rooms import MemoryRoom, Room
 from components.masks.settings import MaskSettings
 from components.masks.slices import Home, MaskedSlice, UnmaskedSlice, WholeParameter
 
@@ -64,11 +66,14 @@ def build_masked_model(
     where: Path,
     logits_dtype: torch.dtype = torch.float32,
     home: Callable[[torch.nn.Parameter], Home] = WholeParameter,
+    room: Room | None = None,
     **options: Any,
 ) -> MaskedModel:
-    """The model with every byte read that its homes own, and no other. `where` names the aligned model in errors, `options`
-    are MaskedModel's. Raises CheckpointError for parameters that the sources do not name or whose shapes differ."""
+    """The model with every byte read that its homes own, and no other. `where` names the aligned model in errors, `room` is for
+    logits and stored weights (by default they are where the model is), `options` are MaskedModel's. Raises CheckpointError
+    for parameters that the sources do not name or whose shapes differ."""
     parameters = _source_names(model, aligned, where)
+    room = room or MemoryRoom(next(iter(parameters.values())).device)
     finetune_names, finetune_aliases = set(finetune.names()), finetune.aliases()
     masked = _chosen(sorted(parameters), settings)
     wrong: list[str] = []
@@ -84,19 +89,23 @@ def build_masked_model(
         if shapes != (here.shape,) * 2:
             wrong.append(f"{name}: aligned {list(shapes[0])}, finetune {list(shapes[1])}, model {list(here.shape)}")
             continue
-        device = here.weights.device
-        stored = [
-            source.read(n, here.start, here.stop).to(device) for source, n in ((aligned, name), (finetune, other))
-        ]
+        named = ((aligned, name), (finetune, other))
+        stored = [room.keep(source.read(n, here.start, here.stop)) for source, n in named]
         parameters[name].requires_grad_(name in masked)
         if name in masked:
-            logits = torch.full_like(here.weights, settings.init_logit, dtype=logits_dtype)
+            logits = room.zeros(here.stop - here.start, logits_dtype).fill_(settings.init_logit)
+            drop(logits)
             slices.append(MaskedSlice(name, here, stored[0], stored[1], logits))
         else:
             unmasked.append(UnmaskedSlice(name, here, stored[0], stored[1]))
     if wrong:
         raise CheckpointError(f"{where}: the finetune does not fit the aligned model: {listed(wrong)}")
-    return MaskedModel(model, slices, settings, unmasked=unmasked, **options)
+    return MaskedModel(model, slices, settings, unmasked=unmasked, room=room, **options)
+
+
+def weights_dtype(settings: MaskSettings) -> torch.dtype:
+    """The type in which the model goes forward and backward."""
+    return torch.float32 if settings.dtype == "float32" else torch.bfloat16
 
 
 def checkpointed_layers(model: Any) -> list[torch.nn.Module]:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from components.mapped import drop
 from components.masks.concrete import (
     binary_mask,
     coefficient,
@@ -26,6 +27,7 @@ from components.masks.concrete import (
     soft_mask,
 )
 from components.masks.ranks import ALONE
+from components.masks.rooms import MemoryRoom, Room
 from components.masks.settings import MaskSettings
 from components.masks.slices import MaskedSlice, Pack, UnmaskedSlice, pack
 
@@ -57,10 +59,13 @@ class MaskedModel:
         unmasked: Sequence[UnmaskedSlice] = (),
         all_sum: Callable[[torch.Tensor], torch.Tensor] = ALONE.all_sum,
         published: Callable[[], None] = _nothing,
+        room: Room | None = None,
         remember: int = REMEMBER,
     ) -> None:
         self.model, self.slices, self.settings = model, list(slices), settings
-        self.packs = pack(self.slices)
+        self.room = room or MemoryRoom(self.slices[0].logits.device)
+        """Where logits live, and what else an optimizer keeps."""
+        self.packs = pack(self.slices, self.room)
         self.unmasked, self.all_sum, self._published = list(unmasked), all_sum, published
         self.numel = sum(s.numel for s in self.slices)
         """Elements of all masks, over all ranks."""
@@ -78,7 +83,9 @@ class MaskedModel:
             self._fuse(lambda p, low, high: _expected(p.logits[low:high], weights))
         else:
             for p in self.packs:
-                p.weights.copy_(p.aligned if weights == "aligned" else p.finetuned)
+                stored = p.aligned if weights == "aligned" else p.finetuned
+                for low, high in p.pieces():
+                    p.weights[low:high].copy_(stored[low:high])
         self._published()
 
     @torch.no_grad()
@@ -104,7 +111,7 @@ class MaskedModel:
         for p, slope in zip(self.packs, slopes, strict=True):
             # In the place of ∂L/∂w, which is read for the last time here: one model's worth of memory less.
             gradient = slope if slope.dtype == p.logits.dtype else torch.empty_like(p.logits)
-            for low, high in p.pieces():
+            for low, high in p.pieces(slope, gradient):
                 if wanted == "mean" and _scratch(p, slope):
                     pull, bend = slope[low:high], p.weights[low:high]  # `_mean_pulls` left them there
                 else:
@@ -121,9 +128,9 @@ class MaskedModel:
                         mean=mean[i],
                         mean_pull=mean_pull[i],
                     )
-            if self.settings.density_weight:
-                kept = soft_mask(p.logits)
-                gradient.add_(kept * (1 - kept), alpha=self.settings.density_weight / self.numel)
+                if self.settings.density_weight:
+                    kept = soft_mask(p.logits[low:high])
+                    gradient[low:high].add_(kept * (1 - kept), alpha=self.settings.density_weight / self.numel)
             gradients.append(gradient)
         for s in self.slices:
             s.home.forget_gradient()
@@ -135,8 +142,9 @@ class MaskedModel:
         """Shares of elements kept by the soft and by the binary mask, over all tensors (and ranks)."""
         sums = torch.zeros(2, dtype=torch.float64)
         for p in self.packs:
-            sums[0] += soft_mask(p.logits).sum(dtype=torch.float64)
-            sums[1] += binary_mask(p.logits).sum()
+            for low, high in p.pieces():
+                sums[0] += soft_mask(p.logits[low:high]).sum(dtype=torch.float64)
+                sums[1] += binary_mask(p.logits[low:high]).sum()
         soft, binary = (self.all_sum(sums) / self.numel).tolist()
         return soft, binary
 
@@ -156,7 +164,10 @@ class MaskedModel:
 
     def _write_unmasked(self, weights: Weights) -> None:
         for plain in self.unmasked:
-            plain.weights.copy_(plain.aligned if weights == "aligned" else plain.finetuned)
+            stored = plain.aligned if weights == "aligned" else plain.finetuned
+            plain.weights.copy_(stored)
+            drop(stored)
+            drop(plain.weights)
 
     def _sample(self, p: Pack, low: int, high: int, step: int, temperature: float) -> torch.Tensor:
         """s of elements [low, high) of a pack. Not to be written into."""
@@ -211,7 +222,7 @@ class MaskedModel:
         if self.settings.rescale != "mean":
             return [0.0] * len(self.slices)
         for p, slope in zip(self.packs, slopes, strict=True):
-            for low, high in p.pieces():
+            for low, high in p.pieces(slope):
                 sample, pull = self._sample(p, low, high, step, temperature), _pull(p, slope, low, high)
                 product = pull * self._harden(sample)
                 for i, begin, end in p.split(low, high):

@@ -94,6 +94,9 @@ class MaskSettings(BaseModel):
     """Stop after so many evaluations without a smaller dev loss; 0: never."""
     eval_pairs: int = Field(default=128, ge=1)
     """Most pairs (and anchors) of train and of dev that an evaluation looks at."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the fused weights, in which the model goes forward and backward. Logits, moments, the arithmetic of the mask and
+    the sum of gradients are fp32 in either case."""
     seed: int = Field(default=0, ge=0)
     """Of the noise and of the order of the data."""
 

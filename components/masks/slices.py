@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 
 from components.checkpoints.source import blocks
+from components.mapped import drop, over_file
 from components.masks.concrete import BLOCK, Segment
+from components.masks.rooms import Room
 
 SMALL = 2 * BLOCK
 """Slices of fewer elements are packed: on them a call costs more than its elements."""
@@ -46,19 +48,34 @@ class WholeParameter:
         self.parameter, self.shape = parameter, tuple(parameter.shape)
         self.start, self.stop = 0, parameter.numel()
         self.weights = parameter.detach().view(-1)
+        self._wide: torch.Tensor | None = None
+        if narrow(parameter):
+            parameter.register_post_accumulate_grad_hook(self._widen)  # type: ignore[no-untyped-call]
 
     def gradient(self) -> torch.Tensor | None:
         """See Home."""
-        return None if self.parameter.grad is None else self.parameter.grad.view(-1)
+        found = self.parameter.grad if self._wide is None else self._wide
+        return None if found is None else found.view(-1)
 
     def forget_gradient(self) -> None:
         """See Home."""
-        self.parameter.grad = None
+        self.parameter.grad = self._wide = None
 
     def move(self, weights: torch.Tensor) -> None:
         """See Home."""
         self.weights = weights
         self.parameter.data = weights.view(self.shape)
+
+    def _widen(self, parameter: torch.nn.Parameter) -> None:
+        """Add one backward's gradient in fp32."""
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad, None
+        self._wide = gradient.float() if self._wide is None else self._wide.add_(gradient)
+
+
+def narrow(parameter: torch.nn.Parameter) -> bool:
+    """Whether gradients of several backwards must not be added in the parameter's own type."""
+    return parameter.dtype.itemsize < 4
 
 
 @dataclass
@@ -120,9 +137,15 @@ class Pack:
         """Elements here."""
         return self.logits.numel()
 
-    def pieces(self) -> Iterator[tuple[int, int]]:
-        """Ranges that are worked on at once: small enough for a core's cache, or large enough for a GPU's launches to pay."""
-        return blocks(self.numel, (2 if self.logits.device.type == "cpu" else 256) * BLOCK)
+    def pieces(self, *beside: torch.Tensor) -> Iterator[tuple[int, int]]:
+        """Ranges that are worked on at once: small enough for a core's cache, or large enough for a GPU's launches to pay. What
+        lies over files is let go of piece by piece, here and in tensors as long that are worked on `beside`."""
+        together = (self.aligned, self.finetuned, self.logits, self.weights, *beside)
+        mapped = [tensor for tensor in together if over_file(tensor)]
+        for low, high in blocks(self.numel, (2 if self.logits.device.type == "cpu" else 256) * BLOCK):
+            yield low, high
+            for tensor in mapped:
+                drop(tensor[low:high])
 
     def pair(self, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Both models' elements in the logits' dtype (fp32 as they are read: a narrow delta would lose weights)."""
@@ -153,21 +176,21 @@ class Pack:
         return found
 
     def gradient(self) -> torch.Tensor:
-        """∂L/∂w; zero for a parameter that the loss does not reach."""
+        """∂L/∂w, where the logits are; zero for a parameter that the loss does not reach."""
         given = [(s, s.home.gradient()) for s in self.slices]
         found = [torch.zeros_like(s.weights) if gradient is None else gradient for s, gradient in given]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return (found[0] if len(found) == 1 else torch.cat(found)).to(self.logits.device)
 
 
-def pack(slices: Sequence[MaskedSlice]) -> list[Pack]:
-    """All slices in their order, runs of small ones moved into shared memory (their parameters' too)."""
+def pack(slices: Sequence[MaskedSlice], room: Room) -> list[Pack]:
+    """All slices in their order, runs of small ones moved into shared memory (their parameters' too). `room`: the logits'."""
     packs: list[Pack] = []
     run: list[MaskedSlice] = []
     for i, s in enumerate(slices):
         run.append(s)
         following = slices[i + 1] if i + 1 < len(slices) else None
         if following is None or not (_small(s) and _small(following)):
-            packs.append(_pack(run, i + 1 - len(run)))
+            packs.append(_pack(run, i + 1 - len(run), room))
             run = []
     return packs
 
@@ -176,7 +199,7 @@ def _small(s: MaskedSlice) -> bool:
     return s.size < SMALL
 
 
-def _pack(slices: list[MaskedSlice], first: int) -> Pack:
+def _pack(slices: list[MaskedSlice], first: int, room: Room) -> Pack:
     if len(slices) == 1:
         [s] = slices
         return Pack(slices, first, s.aligned, s.finetuned, s.logits, s.weights)
@@ -186,7 +209,7 @@ def _pack(slices: list[MaskedSlice], first: int) -> Pack:
         first,
         aligned=torch.cat([s.aligned.to(dtype) for s in slices]),
         finetuned=torch.cat([s.finetuned.to(dtype) for s in slices]),
-        logits=torch.cat([s.logits for s in slices]),
+        logits=torch.cat([s.logits for s in slices], out=room.zeros(sum(s.size for s in slices), dtype)),
         weights=torch.cat([s.weights for s in slices]),
     )
     at = 0

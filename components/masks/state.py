@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from components.errors import StorageError, listed
+from components.checkpoints.headers import layout, read_header
+from components.checkpoints.safetensors import MappedFile
+from components.checkpoints.source import TensorSpec, blocks
+from components.errors import CheckpointError, StorageError, listed
+from components.mapped import drop
 
 PATTERN = "engine-*-of-*.safetensors"
+PIECE = 1 << 22
+"""Elements that are copied at once."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,21 @@ def state_file(directory: Path, rank: int, world: int) -> Path:
 
 
 def save_state(path: Path, tensors: Mapping[str, tuple[Slice, torch.Tensor]], *, updates: int) -> None:
-    """Write one rank's slices: `<kind>/<tensor name>` -> (which elements, 1-D values). Raises StorageError."""
+    """Write one rank's slices piece by piece: `<kind>/<tensor name>` -> (which elements, 1-D values). Raises StorageError."""
     ranges = {key: [part.start, part.stop, part.numel] for key, (part, _) in tensors.items()}
+    specs = {key: TensorSpec(values.dtype, tuple(values.shape)) for key, (_, values) in tensors.items()}
+    raw, header = layout(specs, {"updates": str(updates), "ranges": json.dumps(ranges)})
     try:
-        save_file(
-            {key: values.detach().to("cpu", copy=True) for key, (_, values) in tensors.items()},
-            path,
-            metadata={"updates": str(updates), "ranges": json.dumps(ranges)},
-        )
-    except (SafetensorError, OSError) as error:  # the former is what it raises when the disk is full
+        with path.open("wb") as file:
+            file.write(raw)
+            for key in header.tensors:  # in the order of their places
+                _, values = tensors[key]
+                for low, high in blocks(values.numel(), PIECE):
+                    piece = values[low:high].detach()
+                    file.write(piece.cpu().view(torch.uint8).numpy().data)
+                    drop(piece)
+    except OSError as error:
+        path.unlink(missing_ok=True)
         raise StorageError(
             f"{path}: training state cannot be written ({error}); free some space or choose another workspace"
         ) from error
@@ -53,8 +62,7 @@ class SavedState:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._stack = ExitStack()
-        self._files: list[tuple[Path, Any, dict[str, Slice]]] = []
+        self._files: list[tuple[MappedFile, dict[str, Slice]]] = []
         self.updates = 0
 
     def __enter__(self) -> Self:
@@ -67,47 +75,47 @@ class SavedState:
             )
         for path in paths:
             try:
-                opened = self._stack.enter_context(safe_open(path, framework="pt"))
-                metadata = opened.metadata()
-                ranges = {key: Slice(*found) for key, found in json.loads(metadata["ranges"]).items()}
-                self.updates = int(metadata["updates"])
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-                self._stack.close()
+                header = read_header(path)
+                ranges = {key: Slice(*found) for key, found in json.loads(header.metadata["ranges"]).items()}
+                self.updates = int(header.metadata["updates"])
+            except (CheckpointError, KeyError, TypeError, ValueError) as error:
                 raise StorageError(
                     f"{path}: training state cannot be read ({error}); delete it to start anew"
                 ) from None
-            self._files.append((path, opened, ranges))
+            if any(header.tensors[key].spec.numel != part.stop - part.start for key, part in ranges.items()):
+                raise StorageError(f"{path}: training state is not what it says; delete it to start anew")
+            self._files.append((MappedFile(header), ranges))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._files = []
 
     def numels(self) -> dict[str, int]:
         """Key -> elements of the whole tensor."""
-        return {key: part.numel for _, _, ranges in self._files for key, part in ranges.items()}
+        return {key: part.numel for _, ranges in self._files for key, part in ranges.items()}
 
     def pieces(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """(position, values) of every saved run of elements of `key` within [start, stop), no element twice."""
-        for path, opened, ranges in self._files:
+        """(position, values) of every saved run of elements of `key` within [start, stop), no element twice. Values lie over
+        the file and are let go of when the next ones are asked for."""
+        for file, ranges in self._files:
             part = ranges.get(key)
             if part is None:
                 continue
             low, high = max(start, part.start), min(part.numel if stop is None else stop, part.stop)
             if low >= high:
                 continue
-            try:
-                values = opened.get_slice(key)[low - part.start : high - part.start]
-            except (SafetensorError, OSError) as error:
-                raise StorageError(
-                    f"{path}: training state cannot be read ({error}); delete it to start anew"
-                ) from error
-            yield low, values
+            for begin, end in blocks(high - low, PIECE):
+                values = file.read(key, low + begin - part.start, low + end - part.start)
+                yield low + begin, values
+                drop(values)
 
     def read_into(self, key: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with elements [start, start + len(out)). Raises StorageError where some were never saved."""
         filled = 0
         for at, values in self.pieces(key, start, start + out.numel()):
-            out[at - start : at - start + values.numel()].copy_(values)
+            place = out[at - start : at - start + values.numel()]
+            place.copy_(values)
+            drop(place)
             filled += values.numel()
         if filled != out.numel():
             raise StorageError(f"{self._directory}: training state lacks elements of {key}; delete it to start anew")

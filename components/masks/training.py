@@ -16,9 +16,10 @@ import torch
 from components.checkpoints.loading import load_causal_lm, load_tokenizer
 from components.checkpoints.source import TensorSource
 from components.errors import DataError, StorageError
+from components.mapped import return_freed_memory
 from components.masks.artifact import MaskArtifact, write_artifact
 from components.masks.engine import Batch, TorchEngine
-from components.masks.loading import build_masked_model, checkpointed_layers
+from components.masks.loading import build_masked_model, checkpointed_layers, weights_dtype
 from components.masks.preferences import (
     Pair,
     Schedule,
@@ -28,6 +29,7 @@ from components.masks.preferences import (
     load_prompts,
 )
 from components.masks.prepare import Prepared, prepare
+from components.masks.rooms import room_for
 from components.masks.settings import MaskSettings
 from components.masks.state import SavedState
 from components.masks.zero import ZeroSettings
@@ -55,9 +57,17 @@ def one_process(zero: ZeroSettings) -> EngineMaker:
     """Makes the engine of a process that has the whole model to itself: of ZeRO, only what saves memory in one."""
 
     def make(model_dir: Path, aligned: TensorSource, finetune: TensorSource, settings: MaskSettings) -> TorchEngine:
-        model = load_causal_lm(model_dir)
+        return_freed_memory()
+        model = load_causal_lm(model_dir, dtype=weights_dtype(settings))
         layers = checkpointed_layers(model) if zero.activation_checkpointing else []
-        masked = build_masked_model(model=model, aligned=aligned, finetune=finetune, settings=settings, where=model_dir)
+        masked = build_masked_model(
+            model=model,
+            aligned=aligned,
+            finetune=finetune,
+            settings=settings,
+            where=model_dir,
+            room=room_for(zero.offload, "cpu", zero.offload_dir),
+        )
         return TorchEngine(masked, accumulate=zero.accumulate, layers=layers)
 
     return make

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Offload = Literal["none", "cpu", "nvme"]
 
 
 class ZeroSettings(BaseModel):
@@ -19,6 +22,23 @@ class ZeroSettings(BaseModel):
     """Parts in which a rank's share of a batch goes through the model: less memory for activations."""
     activation_checkpointing: bool = False
     """Keep a layer's input only and compute the rest again in backward."""
+    offload: Offload = "none"
+    """Where logits, Adam's moments and the two stored models live: on the model's device, in the host's memory (cpu), or over
+    files (nvme). Off the device they are worked on by the CPU, as in ZeRO-Offload (arXiv 2101.06840): only new weights and
+    gradients cross to the GPU and back, a fifth of what fetching all of this would move. Stored models that are read as
+    they lie in their files are mapped in every case, and copied to no other place than the device."""
+    offload_weights: Offload = "none"
+    """Where a rank's partitions of the fused weights and its gradients live. ZeRO-3 only: below it every rank has them all."""
+    offload_dir: Path | None = None
+    """A directory on a fast local disk for nvme; by default the stage's own state directory in the workspace. What lies there
+    has no name and is gone with the process. DeepSpeed's own swapper is not used: it needs a compiled operator
+    (libaio) and swaps for DeepSpeed's optimizers, which nothing here uses."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.offload_weights != "none" and self.stage != 3:
+            raise ValueError("offload_weights needs stage 3: below it every rank holds all weights on its device")
+        return self
 
 
 class MaskExecution(ZeroSettings):
@@ -33,3 +53,17 @@ class MaskExecution(ZeroSettings):
     """Seconds between two states that a killed training goes on from."""
     max_failures: int = Field(default=3, ge=0)
     """How often lost ranks are started again before the stage fails."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        idle = [name for name in ("offload", "offload_weights") if getattr(self, name) == "cpu"]
+        problems = []
+        if idle and (self.device == "cpu" or self.ranks == 1):
+            problems.append(
+                f"{' and '.join(idle)}: cpu, but with device: cpu or ranks: 1 they are there already; take nvme, or none"
+            )
+        if self.offload_weights != "none" and self.ranks == 1:
+            problems.append("offload_weights needs several ranks: one process holds all weights on its device")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

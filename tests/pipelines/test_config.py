@@ -54,6 +54,25 @@ def test_a_good_config_has_absolute_paths_and_defaults(place: Path) -> None:
     assert config.tracking.register_models is True
 
 
+def test_where_a_training_is_offloaded_to_is_relative_to_the_config(place: Path) -> None:
+    (place / "realign.yaml").write_text(GOOD + "execution: {mask: {offload: nvme, offload_dir: fast}}\n")
+    assert load_config(place / "realign.yaml").execution.mask.offload_dir == place / "fast"
+
+
+@pytest.mark.parametrize(
+    ("execution", "told"),
+    [
+        ("{ranks: 2, offload: cpu}", "offload: cpu, but with device: cpu or ranks: 1 they are there already"),
+        ("{ranks: 1, device: cuda, offload_weights: cpu}", "offload_weights needs several ranks"),
+        ("{ranks: 2, stage: 2, offload_weights: nvme}", "offload_weights needs stage 3"),
+    ],
+)
+def test_offloads_that_do_nothing_are_refused(place: Path, execution: str, told: str) -> None:
+    [problem] = problems(place, GOOD + f"execution:\n  mask: {execution}\n")
+    assert problem.startswith("16: ")
+    assert told in problem
+
+
 def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
     text = GOOD.replace("aligned: aligned", "aligned: nowhere\naligend: x").replace(
         "preferences:", "preferences: no.jsonl #"

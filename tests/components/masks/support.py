@@ -70,11 +70,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(architecture: str = "llama", *, seed: int = 0) -> Any:
-    """A random causal LM of some thousand parameters, in eval mode."""
+def tiny_model(architecture: str = "llama", *, seed: int = 0, vocabulary: int = VOCABULARY) -> Any:
+    """A random causal LM of some thousand parameters, in eval mode; its tokenizer has VOCABULARY of the words."""
     torch.manual_seed(seed)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "eos_token_id": 1, "pad_token_id": 0}
+    common = {"vocab_size": vocabulary, "max_position_embeddings": 64, "eos_token_id": 1, "pad_token_id": 0}
     common |= {"bos_token_id": None, "initializer_range": 0.2}
     if architecture == "llama":
         config = LlamaConfig(**shape, **common, num_key_value_heads=1, tie_word_embeddings=False)

@@ -17,6 +17,7 @@ from components.masks.masked_model import MaskedModel
 from components.masks.objective import Teacher
 from components.masks.preferences import Pair, Row
 from components.masks.presets import resolve
+from components.masks.rooms import MemoryRoom
 from components.masks.settings import MaskSettings
 from components.masks.slices import SMALL, MaskedSlice, WholeParameter, pack
 from tests.components.masks.support import VOCABULARY, DictSource, moved, source, tiny_model
@@ -307,7 +308,7 @@ def test_only_runs_of_small_slices_are_packed() -> None:
         return MaskedSlice(f"t{size}", home, flat.clone(), flat.clone(), flat.clone())
 
     slices = [part(n) for n in (10, 200_000, 5, 7, SMALL, 3, 4, 6)]
-    packs = pack(slices)
+    packs = pack(slices, MemoryRoom())
     assert [[s.numel for s in p.slices] for p in packs] == [[10], [200_000], [5, 7], [SMALL], [3, 4, 6]]
     assert [p.first for p in packs] == [0, 1, 2, 4, 5]
     assert packs[1].weights.data_ptr() == parameter(slices[1]).data_ptr()

@@ -62,7 +62,7 @@ def test_the_fingerprint_changes_with_every_setting() -> None:
         "anchor_batch_size": 3, "anchor_new_tokens": 9, "anchor_full_vocabulary": 1, "anchor_top_k": 2,
         "anchor_holdout": 0.2, "density_weight": 0.1, "learning_rate": 0.2, "adam_beta1": 0.5, "adam_beta2": 0.9,
         "adam_epsilon": 1e-6, "clip_norm": 1.0, "steps": 3, "batch_size": 2, "max_length": 99, "include": ["x"],
-        "exclude": ["y"], "storage": "bits", "eval_every": 5, "eval_pairs": 5, "seed": 1,
+        "exclude": ["y"], "storage": "bits", "dtype": "bfloat16", "eval_every": 5, "eval_pairs": 5, "seed": 1,
         "loss": "ipo", "preference_weight": 0.5, "warmup_steps": 2, "schedule": "cosine", "keep_best": True, "patience": 3,
     }  # fmt: skip
     assert set(others) == set(MaskSettings.model_fields)
