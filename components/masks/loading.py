@@ -43,7 +43,7 @@ def _source_names(model: torch.nn.Module, source: TensorSource, where: Path) -> 
     return found
 
 
-def _chosen(names: Sequence[str], settings: MaskSettings) -> set[str]:
+def chosen_names(names: Sequence[str], settings: MaskSettings) -> set[str]:
     """Names that get a mask. A pattern that matches nothing is the user's mistake."""
     idle = [p for p in (*settings.include, *settings.exclude) if not fnmatch.filter(names, p)]
     if idle:
@@ -75,7 +75,7 @@ def build_masked_model(
     parameters = _source_names(model, aligned, where)
     room = room or MemoryRoom(next(iter(parameters.values())).device)
     finetune_names, finetune_aliases = set(finetune.names()), finetune.aliases()
-    masked = _chosen(sorted(parameters), settings)
+    masked = chosen_names(sorted(parameters), settings)
     wrong: list[str] = []
     slices: list[MaskedSlice] = []
     unmasked: list[UnmaskedSlice] = []
