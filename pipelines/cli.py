@@ -87,7 +87,7 @@ def plan(
     loaded = load_config(config)
     cluster = described(
         workspace or Path("runs") / loaded.name,
-        loaded.execution.workers,
+        loaded.execution,
         {"nodes": nodes, "cpus": cpus, "gpus": gpus, "gpu_memory": gpu_memory, "memory": memory, "disk": disk},
     )
     rates = measure(None if tflops is None else tflops * 1e12)

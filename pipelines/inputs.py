@@ -12,7 +12,7 @@ from typing import Any
 
 from components.checkpoints.dimensions import Dimensions
 from components.checkpoints.reference import Checkpoint, open_checkpoint
-from components.errors import RealignError
+from components.errors import CheckpointError, RealignError
 from components.masks.memory import Lengths, Stored, Weight, weights_of
 from components.masks.preferences import Preference, encode_pairs, encode_prompt, load_preferences, load_prompts
 from components.masks.presets import resolve
@@ -81,7 +81,11 @@ def trainings(config: RunConfig, models: Models, *, tokenize: bool) -> dict[str,
         if "paper" in config.fusion.controls:
             wanted["train_mask_paper"] = resolve("paper", {})
         for step, settings in wanted.items():
-            weights = _weights(config, models, name, settings)
+            try:
+                weights = _weights(config, models, name, settings)
+            except CheckpointError as error:  # a tensor is missing: its own stages will say so
+                models.errors[name] = error
+                break
             anchors = [m.anchor for m in members if m.anchor is not None] if settings.anchor_weight > 0 else []
             tokenizer = models.finetunes[members[0].name].checkpoint.tokenizer_dir if tokenize else None
             lengths = _lengths(config.mask.preferences, anchors, settings.max_length, tokenizer)

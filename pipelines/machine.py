@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from components.errors import ConfigError
+from pipelines.config import ExecutionSection
 
 GIB = 2**30
 BYTES_PER_FLOP = 1 / 150
@@ -21,7 +22,8 @@ MASK_BYTES = 200
 
 
 class Cluster(BaseModel):
-    """Nodes that are all alike. Bytes are those of one node; `disk` is the workspace's."""
+    """Nodes that are all alike. Bytes are those of one node; `disk` is the workspace's, `offload_disk` that of
+    execution.mask.offload_dir (None: the same)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,6 +32,7 @@ class Cluster(BaseModel):
     """CPUs that stages share on the node of the driver."""
     memory: int
     disk: int
+    offload_disk: int | None = None
     gpus: int = 0
     """Of one node."""
     gpu_memory: int = 0
@@ -49,29 +52,30 @@ class Rates(BaseModel):
     gpu_flops: float | None = None
 
 
-def this_machine(workspace: Path, *, cpus: int | None = None) -> Cluster:
-    """What is free here now, and on the disk where the workspace is or will be. `cpus`: what stages are to share."""
+def this_machine(workspace: Path, execution: ExecutionSection) -> Cluster:
+    """What is free here now, and on the disks where files are or will be; of the CPUs, those that stages are to share."""
     found = _gpus()
     return Cluster(
-        cpus=cpus or os.cpu_count() or 1,
+        cpus=execution.workers or os.cpu_count() or 1,
         memory=available_memory(),
-        disk=shutil.disk_usage(_existing(workspace)).free,
+        disk=_free(workspace),
+        offload_disk=_free(execution.mask.offload_dir) if execution.mask.offload_dir else None,
         gpus=len(found),
         gpu_memory=min(found, default=0),
     )
 
 
-def described(workspace: Path, workers: int | None, given: Mapping[str, float | None]) -> Cluster:
+def described(workspace: Path, execution: ExecutionSection, given: Mapping[str, float | None]) -> Cluster:
     """This machine, but for what is told (fields of Cluster; memory and disk in GiB). Raises ConfigError for GPUs whose memory
     is not known."""
-    here, told = this_machine(workspace, cpus=workers), {k: v for k, v in given.items() if v is not None}
+    here, told = this_machine(workspace, execution), {k: v for k, v in given.items() if v is not None}
     scaled = {k: int(v * GIB) if k in ("memory", "disk", "gpu_memory") else int(v) for k, v in told.items()}
     if scaled.get("gpus") and not scaled.get("gpu_memory", here.gpu_memory):
         raise ConfigError("--gpus: say how large they are, with --gpu-memory GIB")
-    if scaled.get("gpus") and "cpus" not in scaled and workers is None:
+    if scaled.get("gpus") and "cpus" not in scaled and execution.workers is None:
         # A node with GPUs has CPUs for their ranks; how many this one has says nothing.
         scaled["cpus"] = max(here.cpus, 8 * scaled["gpus"])
-    return here.model_copy(update=scaled)
+    return here.model_copy(update={**scaled, **({"offload_disk": None} if "disk" in scaled else {})})
 
 
 def available_memory() -> int:
@@ -99,11 +103,12 @@ def _cgroup(limit: str, usage: str, reclaimable: str) -> int | None:
     return max(0, most - used + cached)
 
 
-def _existing(path: Path) -> Path:
+def _free(path: Path) -> int:
+    """Bytes free where a directory is or will be."""
     path = path.resolve()
     while not path.exists():
         path = path.parent
-    return path
+    return shutil.disk_usage(path).free
 
 
 def _gpus() -> list[int]:

@@ -48,18 +48,34 @@ class Need:
 
     device: int
     host: int
-    disk: int
+    state: int
+    """Resumable state on the workspace's disk."""
+    offload: int
+    """Files for nvme."""
     side_by_side: int
     cluster: Cluster
 
-    def over(self, margin: float = 1.0) -> list[tuple[str, int, int]]:
-        """(what, needed, there is) of everything that does not fit."""
+    @property
+    def disk(self) -> int:
+        """All of it, while it runs."""
+        return self.state + self.offload
+
+    def over_memory(self, margin: float = 1.0) -> list[tuple[str, int, int]]:
+        """(what, needed, there is) of memory that does not fit."""
         there = {
             "GPU memory": (self.device, self.cluster.gpu_memory),
             "host memory": (self.host, self.cluster.memory),
-            "disk": (self.disk, self.cluster.disk),
         }
         return [(what, need, has) for what, (need, has) in there.items() if need > margin * has]
+
+    def over(self) -> list[tuple[str, int, int]]:
+        """The same with disks."""
+        disk, apart = self.cluster.disk, self.cluster.offload_disk
+        if apart is None:
+            disks = {"disk": (self.disk, disk)}
+        else:
+            disks = {"disk": (self.state, disk), "disk at execution.mask.offload_dir": (self.offload, apart)}
+        return self.over_memory() + [(what, need, has) for what, (need, has) in disks.items() if need > has]
 
 
 def on_gpu(execution: MaskExecution) -> bool:
@@ -82,7 +98,8 @@ def need(training: Training, execution: MaskExecution, cluster: Cluster, togethe
     return Need(
         device=memory.peak("device"),
         host=math.ceil(ranks / cluster.nodes) * memory.peak("host"),
-        disk=ranks * memory.peak("disk") + together * training_disk(training.weights, training.settings),
+        state=together * training_disk(training.weights, training.settings),
+        offload=ranks * memory.peak("disk"),
         side_by_side=together,
         cluster=cluster,
     )
@@ -174,11 +191,11 @@ def require_fit(
     trainings: Sequence[Training], execution: ExecutionSection, cluster: Cluster, *, refuse: bool = True
 ) -> bool:
     """Whether all may well fit. Raises ConfigError, if it is to `refuse`, when one clearly does not: what it needs, what there
-    is, what would fit."""
+    is, what would fit. Memory alone refuses: state of an interrupted training may be on the disk already."""
     configured, threads = execution.mask, execution.threads
     together = side_by_side(configured, cluster, threads=threads, trainings=len(trainings))
     largest = max(trainings, key=lambda t: sum(t.memory(configured).peak(place) for place in ("device", "host")))
-    over = need(largest, configured, cluster, max(together, 1)).over(MARGIN)
+    over = need(largest, configured, cluster, max(together, 1)).over_memory(MARGIN)
     if together and not over:
         return True
     if not refuse:

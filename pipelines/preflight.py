@@ -23,7 +23,7 @@ def require_memory(config: RunConfig, workspace: Workspace, roots: Roots) -> Non
     tokenizer is an upper bound: most runs fit it and pay for no more.
     """
     pending = _pending(config, workspace, roots)
-    cluster = this_machine(workspace.root, cpus=config.execution.workers)
+    cluster = this_machine(workspace.root, config.execution)
     if not pending or not _known(config, cluster):
         return
     try:

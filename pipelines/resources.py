@@ -104,8 +104,10 @@ def plan(config: RunConfig, models: Models, cluster: Cluster, rates: Rates) -> P
 
 
 def _broken(node: Node, sizes: _Sizes) -> bool:
-    members = sizes.config.members(node.finetune) if node.finetune else ()
-    return any(member.name in sizes.models.errors for member in members)
+    if node.finetune is None:
+        return False
+    names = {node.finetune, *(member.name for member in sizes.config.members(node.finetune))}
+    return not names.isdisjoint(sizes.models.errors)
 
 
 def _load(node: Node, s: _Sizes) -> StageNeed:

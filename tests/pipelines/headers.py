@@ -71,7 +71,7 @@ def hollow_config(root: Path, size: str, *, finetunes: int = 1, **sections: Any)
         "evaluation": {"sets": [harmful, {**harmful, "split": "dev"}]},
     }
     for section, values in sections.items():
-        config[section] = {**config.get(section, {}), **values}
+        config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
     path = root / "realign.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 
+from components.checkpoints.adapters import LoraSource
 from components.errors import ConfigError
 from components.masks.zero import MaskExecution
-from pipelines.config import RunConfig, load_config
+from pipelines.config import ExecutionSection, RunConfig, load_config
 from pipelines.inputs import open_models, trainings
 from pipelines.machine import GIB, Cluster, Rates, available_memory, described, measure
 from pipelines.placement import Proposal, cost, need, propose, require_fit, side_by_side
 from pipelines.plan_text import plan_json, plan_lines
 from pipelines.resources import Plan, plan
 from tests.pipelines.headers import PARAMETERS, SHAPES, hollow_config, llama_specs
+from tests.pipelines.small import small_config, write_config
 
 RATES = Rates(flops=1e10, bytes=1e10, hashed=1e9, mask_seconds=1e-8)
 NODE = Cluster(cpus=16, memory=1000 * GIB, disk=4000 * GIB, gpus=8, gpu_memory=80 * GIB)
@@ -177,6 +179,37 @@ def test_fewer_side_by_side_are_proposed_where_memory_is_short(tmp_path: Path) -
     assert require_fit(tasks, config.execution, cluster, refuse=False) is False
 
 
+def test_offload_files_are_held_against_the_disk_that_they_go_to(tmp_path: Path) -> None:
+    config = loaded(tmp_path, mask={"ranks": 2, "stage": 3, "offload": "nvme"})
+    task = trainings(config, open_models(config), tokenize=True)["f0/train_mask"]
+    cluster = Cluster(cpus=2, memory=10_000 * GIB, disk=200 * GIB)
+    files, state = 12 * PARAMETERS["7b"], 24 * PARAMETERS["7b"]
+    together = need(task, config.execution.mask, cluster, 1)
+    assert together.over() == [("disk", files + state, 200 * GIB)]
+    apart = need(task, config.execution.mask, cluster.model_copy(update={"offload_disk": 70 * GIB}), 1)
+    assert apart.over() == [("disk at execution.mask.offload_dir", files, 70 * GIB)]
+    assert apart.over_memory() == []
+
+
+def test_a_merge_and_an_adapter_are_computed_when_they_are_read(tmp_path: Path) -> None:
+    config = loaded(
+        tmp_path / "merge", finetunes=2, mask={"ranks": 1},
+        mode="merge", merges=[{"name": "both", "method": "average"}],
+    )  # fmt: skip
+    [(node, task)] = trainings(config, open_models(config), tokenize=True).items()
+    assert node == "both/train_mask"
+    kept = {item.what: item.nbytes for item in task.memory(config.execution.mask).items}
+    assert kept["finetune, computed when read"] == 4 * PARAMETERS["7b"]
+    small = load_config(write_config(tmp_path, small_config(tmp_path, finetunes=("zh", "hi"))))
+    models = open_models(small)
+    found = trainings(small, models, tokenize=True)
+    assert all(w.finetuned.mapped for w in found["zh/train_mask"].weights)
+    adapter = models.finetunes["hi"].checkpoint.source
+    assert isinstance(adapter, LoraSource)
+    computed = {w.name for w in found["hi/train_mask"].weights if not w.finetuned.mapped}
+    assert computed == set(adapter.adapted()) != set()
+
+
 def test_a_refusal_says_what_would_fit(tmp_path: Path) -> None:
     config = loaded(tmp_path)
     tasks = list(trainings(config, open_models(config), tokenize=True).values())
@@ -226,13 +259,15 @@ def test_json_and_table_say_the_same(tmp_path: Path) -> None:
 
 
 def test_this_machine_is_what_is_not_told(tmp_path: Path) -> None:
-    here = described(tmp_path / "not/there", None, {})
+    here = described(tmp_path / "not/there", ExecutionSection(), {})
     assert 0 < here.memory <= available_memory() * 1.5
     assert here.disk > 0
-    told = described(tmp_path, 3, {"memory": 2.5, "disk": None, "gpus": 2, "gpu_memory": 16.0, "nodes": 4})
+    told = described(
+        tmp_path, ExecutionSection(workers=3), {"memory": 2.5, "disk": None, "gpus": 2, "gpu_memory": 16.0, "nodes": 4}
+    )
     assert (told.memory, told.gpus, told.gpu_memory, told.nodes, told.cpus) == (int(2.5 * GIB), 2, 16 * GIB, 4, 3)
     with pytest.raises(ConfigError, match="--gpu-memory"):
-        described(tmp_path, None, {"gpus": 8, "gpu_memory": 0})
+        described(tmp_path, ExecutionSection(), {"gpus": 8, "gpu_memory": 0})
 
 
 def test_speeds_are_measured_on_this_machine() -> None:
