@@ -12,6 +12,7 @@ from typing import Any
 
 from components.checkpoints.dimensions import Dimensions
 from components.checkpoints.reference import Checkpoint, open_checkpoint
+from components.checkpoints.writer import has_tokenizer
 from components.errors import CheckpointError, RealignError
 from components.masks.memory import Lengths, Stored, Weight, weights_of
 from components.masks.preferences import Preference, encode_pairs, encode_prompt, load_preferences, load_prompts
@@ -107,7 +108,7 @@ def _lengths(preferences: Path, anchors: Sequence[Path], longest: int, tokenizer
     anchors_count = len(asked)
     rows, asked = rows[:: 1 + len(rows) // SAMPLE], asked[:: 1 + len(asked) // SAMPLE]
     found = None
-    if tokenizer_dir is not None:
+    if tokenizer_dir is not None and has_tokenizer(tokenizer_dir):
         # What is wrong with a tokenizer is for its finetune's load stage to say; that fails alone.
         with contextlib.suppress(RealignError):
             found = _tokenized(tokenizer_dir, rows, asked, longest, preferences)

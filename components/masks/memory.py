@@ -17,11 +17,10 @@ from components.checkpoints.adapters import LoraSource
 from components.checkpoints.dimensions import Dimensions
 from components.checkpoints.safetensors import SafetensorsSource
 from components.checkpoints.source import TensorSource
-from components.masks.anchor import GENERATE_BATCH, SCORE_BATCH
 from components.masks.concrete import BLOCK
-from components.masks.engine import EVALUATE_BATCH
 from components.masks.loading import chosen_names
 from components.masks.masked_model import REMEMBER
+from components.masks.objective import EVALUATE_BATCH, GENERATE_BATCH, SCORE_BATCH
 from components.masks.settings import MaskSettings
 from components.masks.slices import SMALL
 from components.masks.zero import MaskExecution, Offload
