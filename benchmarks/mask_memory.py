@@ -1,8 +1,9 @@
-"""`python -m benchmarks.mask_memory`: memory of each rank under ZeRO-3 on 1, 2 and 4 gloo ranks.
+"""`python -m benchmarks.mask_memory`: memory of each rank under ZeRO on 1, 2 and 4 gloo ranks.
 
 A random Llama of at least 200 M parameters (bf16 on disk) and a finetune of it; two training steps on each number of ranks.
-Prints each rank's peak resident memory above what its imports take, the largest rank against a perfect share of one rank's,
-then one JSON line. `--quick` takes a small model on 1 and 2 ranks, which shows that it runs and nothing else.
+Prints each rank's peak resident memory above what its imports take, the largest rank against a perfect share of one rank's
+and against the estimate of `realign plan`, then one JSON line. `--quick` takes a small model on 1 and 2 ranks, which shows
+that it runs and nothing else.
 """
 
 from __future__ import annotations
@@ -43,38 +44,69 @@ SHAPES = {
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--stage", type=int, default=3, choices=[0, 1, 2, 3])
+    parser.add_argument("--stage", type=int, nargs="+", default=[3], choices=[0, 1, 2, 3])
     parser.add_argument("--size", choices=list(SHAPES), default="213M")
     parser.add_argument("--quick", action="store_true", help="the smallest size on 1 and 2 ranks")
     options = parser.parse_args(arguments)
     if options.quick:
         options.ranks, options.size = [1, 2], "quick"
-    found: dict[int, list[dict[str, float]]] = {}
+    ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        parameters = _models(Path(scratch), SHAPES[options.size])
-        for world in options.ranks:
-            job = {"zero": {"stage": options.stage}, "steps": STEPS, "pairs": PAIRS, "tokens": TOKENS}
-            found[world] = measure(Path(scratch), world, job)
-    sys.stdout.write(f"ZeRO-{options.stage}, {parameters / 1e6:.0f} M parameters, {PAIRS} pairs of {TOKENS} tokens\n")
-    one = max(r["peak"] for r in found[options.ranks[0]]) * options.ranks[0]
-    shares = {}
-    for world, ranks in found.items():
-        most = max(r["peak"] for r in ranks)
-        shares[world] = most / (one / world)
-        each = " ".join(f"{r['peak'] / 2**30:.2f}" for r in ranks)
-        seconds = max(r["step"] for r in ranks)
-        sys.stdout.write(
-            f"  {world} ranks: {each} GiB; {shares[world]:.2f} of a perfect share; {seconds:.1f} s a step\n"
-        )
+        parameters = build_models(Path(scratch), SHAPES[options.size])
+        for stage in options.stage:
+            job = {"zero": {"stage": stage}, "steps": STEPS, "pairs": PAIRS, "tokens": TOKENS}
+            sys.stdout.write(f"ZeRO-{stage}, {parameters / 1e6:.0f} M parameters, {PAIRS} pairs of {TOKENS} tokens\n")
+            ratios |= _compare(Path(scratch), options.ranks, job)
     sys.stdout.write(json.dumps({
         "benchmark": "mask_memory", "date": datetime.now(UTC).date().isoformat(), "stage": options.stage,
-        "parameters": parameters, "ratios": {f"share_{world}": round(share, 3) for world, share in shares.items()},
+        "parameters": parameters, "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }) + "\n")  # fmt: skip
     return 0
 
 
-def _models(root: Path, shape: dict[str, int]) -> int:
+def _compare(root: Path, worlds: list[int], job: dict[str, Any]) -> dict[str, float]:
+    """Measure one stage on each number of ranks. ZeRO-3 against a perfect share, every stage against the estimate."""
+    ratios: dict[str, float] = {}
+    whole, stage = 0.0, job["zero"]["stage"]
+    for world in worlds:
+        ranks, expected = measure(root, world, job), estimate(root, world, job)
+        most = max(r["peak"] for r in ranks)
+        whole = whole or most * world
+        each = " ".join(f"{r['peak'] / 2**30:.2f}" for r in ranks)
+        sys.stdout.write(
+            f"  {world} ranks: {each} GiB; {most * world / whole:.2f} of a perfect share; estimate {expected / 2**30:.2f} GiB, "
+            f"measured {most / expected:.2f} of it; {max(r['step'] for r in ranks):.1f} s a step\n"
+        )
+        sys.stdout.flush()
+        if stage == 3:
+            ratios[f"share_{world}"] = most * world / whole
+        ratios[f"zero{stage}_{world}_of_estimate"] = most / expected
+    return ratios
+
+
+def estimate(root: Path, world: int, job: dict[str, Any]) -> int:
+    """What `realign plan` would say of a rank of `measure`, in bytes above its imports."""
+    from components.checkpoints.dimensions import Dimensions
+    from components.checkpoints.reference import open_checkpoint
+    from components.masks.memory import PROCESS_HOST, STEP, Lengths, rank_memory, weights_of
+    from components.masks.presets import resolve
+    from components.masks.zero import MaskExecution
+
+    settings = resolve("paper", {**job.get("settings", {}), "batch_size": job["pairs"]})
+    aligned, finetune = open_checkpoint(root / "aligned"), open_checkpoint(root / "finetune")
+    tokens, half = job["tokens"], job["tokens"] // 2
+    memory = rank_memory(
+        weights_of(aligned.source, finetune.source, settings),
+        Dimensions.of(aligned.config),
+        Lengths(longest=tokens, mean=tokens, longest_response=tokens - half, mean_response=tokens - half, prompt=0),
+        settings,
+        MaskExecution(ranks=world, **job["zero"]),
+    )
+    return memory.peak("host", STEP) - PROCESS_HOST
+
+
+def build_models(root: Path, shape: dict[str, int]) -> int:
     """Two model directories; how many parameters each has."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -59,6 +59,45 @@ def run(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="The run config (YAML).")],
+    workspace: Annotated[
+        Path | None, typer.Option(help="Where results would be kept; its disk is looked at, nothing is written.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes, all alike.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs of a node.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of a node.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of a GPU.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of a node's memory.")] = None,
+    disk: Annotated[float | None, typer.Option(help="GiB free for the workspace.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="What one GPU sustains (not its peak), for times.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+) -> None:
+    """Say what each stage of a run would take (memory, disk, time), what does not fit, and what would.
+
+    Nothing is written and no weights are read. What is not given is looked up on this machine. Exit status 2 when something
+    does not fit.
+    """
+    from pipelines.config import load_config
+    from pipelines.inputs import open_models
+    from pipelines.machine import described, measure
+    from pipelines.plan_text import plan_json, plan_lines
+    from pipelines.resources import plan as make_plan
+
+    loaded = load_config(config)
+    cluster = described(
+        workspace or Path("runs") / loaded.name,
+        loaded.execution,
+        {"nodes": nodes, "cpus": cpus, "gpus": gpus, "gpu_memory": gpu_memory, "memory": memory, "disk": disk},
+    )
+    rates = measure(None if tflops is None else tflops * 1e12)
+    found = make_plan(loaded, open_models(loaded), cluster, rates)
+    typer.echo(plan_json(found, loaded).rstrip() if as_json else "\n".join(plan_lines(found, loaded)))
+    if found.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
 def status(workspace: Annotated[Path, typer.Argument(help="The workspace directory of a run.")]) -> None:
     """Say where a run stands, also while it runs or after it was killed."""
     from pipelines.status import run_status

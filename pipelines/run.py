@@ -14,6 +14,7 @@ from pipelines.actions import track_and_register
 from pipelines.config import RunConfig
 from pipelines.display import progress_display
 from pipelines.driver import run_stages
+from pipelines.preflight import require_memory
 from pipelines.roots import find_roots
 from pipelines.summary import failures, summarise, write_summary
 
@@ -27,6 +28,7 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     workspace = Workspace(root)
     workspace.prepare()
     roots = find_roots(config, root / ".identities")
+    require_memory(config, workspace, roots)
     with progress_display(workspace) as watch:
         state = run_stages(config, workspace, roots, watch)
     summary = summarise(state)

@@ -124,10 +124,18 @@ def _sets(sets: Sequence[SetSettings], roots: Roots) -> Parts:
     return {"sets": semantics}, {"sets": [str(s.path) for s in sets]}
 
 
+def sets_asked(node: Node, config: RunConfig) -> list[SetSettings]:
+    """Prompt sets that a stage looks at."""
+    sets = config.sets_of(node.finetune)
+    if node.step.stage == "search_scale":
+        return [s for s in sets if s.split == "dev" and s.kind in ("harmful", "task")]
+    # Dev sets choose between the two forms of the realigned model; all other variants are only reported.
+    splits = ("dev", "test") if node.step.variant in ("soft", "binary") else ("test",)
+    return [s for s in sets if s.split in splits]
+
+
 def _search_scale(node: Node, config: RunConfig, roots: Roots) -> Parts:
-    semantics, execution = _sets(
-        [s for s in config.sets_of(node.finetune) if s.split == "dev" and s.kind in ("harmful", "task")], roots
-    )
+    semantics, execution = _sets(sets_asked(node, config), roots)
     semantics |= {
         "method": node.step.variant,
         "candidates": list(config.fusion.candidates),
@@ -161,9 +169,7 @@ def _export_adapter(node: Node, config: RunConfig, roots: Roots) -> Parts:
 
 
 def _evaluate(node: Node, config: RunConfig, roots: Roots) -> Parts:
-    # Dev sets choose between the two forms of the realigned model; all other variants are only reported.
-    splits = ("dev", "test") if node.step.variant in ("soft", "binary") else ("test",)
-    semantics, execution = _sets([s for s in config.sets_of(node.finetune) if s.split in splits], roots)
+    semantics, execution = _sets(sets_asked(node, config), roots)
     semantics["evaluation"] = _evaluation(config)
     if config.aligned_base is not None:
         execution["base"] = str(config.aligned_base)  # what is fused of adapters is an adapter

@@ -10,16 +10,11 @@ from typing import Any, TypeVar
 import torch
 
 from components.evaluation.decode import end_tokens, greedy, pad_token
-from components.masks.objective import Forwards, Teacher, score, teach
+from components.masks.objective import GENERATE_BATCH, SCORE_BATCH, Forwards, Teacher, score, teach
 from components.masks.preferences import Row
 from components.masks.ranks import spread
 
 Out = TypeVar("Out")
-
-GENERATE_BATCH = 64
-"""Prompts answered at once."""
-SCORE_BATCH = 64
-"""Rows scored at once outside training."""
 
 
 @dataclass(frozen=True)

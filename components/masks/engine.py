@@ -13,7 +13,7 @@ import torch
 from components.errors import StorageError, TrainingError, listed
 from components.masks.anchor import Anchor
 from components.masks.masked_model import MaskedModel, Weights
-from components.masks.objective import GROUP_OVERHEAD, Forwards, anchor_kl, preference_losses, score
+from components.masks.objective import EVALUATE_BATCH, GROUP_OVERHEAD, Forwards, anchor_kl, preference_losses, score
 from components.masks.preferences import Pair, Row
 from components.masks.settings import MaskSettings
 from components.masks.state import SavedState, Slice, save_state, state_file
@@ -21,8 +21,6 @@ from components.masks.state import SavedState, Slice, save_state, state_file
 METRICS = ("loss", "dpo_loss", "dpo_accuracy", "reward_margin", "chosen_nll", "anchor_kl")
 """What a batch is told by; the last only where it has anchors."""
 IDLE_ROW = Row((0, 0), 1)
-EVALUATE_BATCH = 32
-"""Pairs scored at once in an evaluation."""
 
 
 @dataclass(frozen=True)

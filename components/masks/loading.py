@@ -65,7 +65,7 @@ def _whole_model(model: torch.nn.Module, source: TensorSource, where: Path) -> d
     return found
 
 
-def _chosen(names: Sequence[str], settings: MaskSettings) -> set[str]:
+def chosen_names(names: Sequence[str], settings: MaskSettings) -> set[str]:
     """Names that get a mask. A pattern that matches nothing is the user's mistake."""
     idle = [p for p in (*settings.include, *settings.exclude) if not fnmatch.filter(names, p)]
     if idle:
@@ -97,7 +97,7 @@ def build_masked_model(
     parameters = source_parameters(model, aligned, where)
     room = room or MemoryRoom(next(iter(parameters.values())).device)
     finetune_names, finetune_aliases = set(finetune.names()), finetune.aliases()
-    masked = _chosen(sorted(parameters), settings)
+    masked = chosen_names(sorted(parameters), settings)
     wrong: list[str] = []
     slices: list[MaskedSlice] = []
     unmasked: list[UnmaskedSlice] = []

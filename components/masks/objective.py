@@ -19,6 +19,12 @@ from components.masks.settings import PreferenceLoss
 
 GROUP_OVERHEAD = 200
 """Padding tokens worth saving by one more forward call when rows are grouped by length."""
+GENERATE_BATCH = 64
+"""Prompts answered at once."""
+SCORE_BATCH = 64
+"""Rows scored at once outside training."""
+EVALUATE_BATCH = 32
+"""Pairs scored at once in an evaluation."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from components.masks.anchor import SCORE_BATCH
-from components.masks.objective import Forwards
+from components.masks.objective import SCORE_BATCH, Forwards
 from components.masks.preferences import Row
 from components.records import canonical_json
 from components.storage import write_atomic

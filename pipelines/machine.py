@@ -1,0 +1,179 @@
+"""What a run can be given: memory, disk, processors and their speed, of this machine or of a cluster that is described."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from components.errors import ConfigError
+from pipelines.config import ExecutionSection
+
+GIB = 2**30
+BYTES_PER_FLOP = 1 / 150
+"""Memory traffic beside arithmetic on a GPU (an A100: 2 TB/s beside 312 TFLOP/s)."""
+MASK_BYTES = 200
+"""Memory traffic of the mask's arithmetic on a GPU, for a weight and step: two samplings, the fused weight, Adam."""
+
+
+class Cluster(BaseModel):
+    """Nodes that are all alike. Bytes are those of one node; `disk` is the workspace's, `offload_disk` that of
+    execution.mask.offload_dir (None: the same)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nodes: int = 1
+    cpus: int
+    """CPUs that stages share on the node of the driver."""
+    memory: int
+    disk: int
+    offload_disk: int | None = None
+    gpus: int = 0
+    """Of one node."""
+    gpu_memory: int = 0
+    """Of one GPU."""
+
+
+class Rates(BaseModel):
+    """Speeds: of a CPU thread in arithmetic, memory traffic, SHA-256 and the mask's arithmetic (a weight and step), and of a
+    GPU in arithmetic, where it was given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flops: float
+    bytes: float
+    hashed: float
+    mask_seconds: float
+    gpu_flops: float | None = None
+
+
+def this_machine(workspace: Path, execution: ExecutionSection) -> Cluster:
+    """What is free here now, and on the disks where files are or will be; of the CPUs, those that stages are to share."""
+    found = _gpus()
+    return Cluster(
+        cpus=execution.workers or os.cpu_count() or 1,
+        memory=available_memory(),
+        disk=_free(workspace),
+        offload_disk=_free(execution.mask.offload_dir) if execution.mask.offload_dir else None,
+        gpus=len(found),
+        gpu_memory=min(found, default=0),
+    )
+
+
+def described(workspace: Path, execution: ExecutionSection, given: Mapping[str, float | None]) -> Cluster:
+    """This machine, but for what is told (fields of Cluster; memory and disk in GiB). Raises ConfigError for GPUs whose memory
+    is not known."""
+    here, told = this_machine(workspace, execution), {k: v for k, v in given.items() if v is not None}
+    scaled = {k: int(v * GIB) if k in ("memory", "disk", "gpu_memory") else int(v) for k, v in told.items()}
+    if scaled.get("gpus") and not scaled.get("gpu_memory", here.gpu_memory):
+        raise ConfigError("--gpus: say how large they are, with --gpu-memory GIB")
+    if scaled.get("gpus") and "cpus" not in scaled and execution.workers is None:
+        # A node with GPUs has CPUs for their ranks; how many this one has says nothing.
+        scaled["cpus"] = max(here.cpus, 8 * scaled["gpus"])
+    return here.model_copy(update={**scaled, **({"offload_disk": None} if "disk" in scaled else {})})
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping; of a container's limit, where that is less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limits = [_cgroup(*names) for names in (_CGROUP_2, _CGROUP_1)]
+    return min([free, *(limit for limit in limits if limit is not None)])
+
+
+_CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
+_CGROUP_1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file")
+
+
+def _cgroup(limit: str, usage: str, reclaimable: str) -> int | None:
+    """What a container may still take: its limit less what it has, file pages that can be let go of left out."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        most, used = int((root / limit).read_text()), int((root / usage).read_text())
+        lines = (root / limit).with_name("memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        return None
+    cached = sum(int(line.split()[1]) for line in lines if line.split()[0] == reclaimable)
+    return max(0, most - used + cached)
+
+
+def _free(path: Path) -> int:
+    """Bytes free where a directory is or will be."""
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _gpus() -> list[int]:
+    """Free bytes of each GPU that this process may use. By the driver's own tool: asking through torch would open a context and
+    keep half a GiB of each."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines() if line.count(",") == 2]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    wanted = None if visible is None else visible.split(",")
+    return [
+        int(free) * 2**20
+        for index, uuid, free in rows
+        if free.isdigit() and (wanted is None or index in wanted or uuid in wanted)
+    ]
+
+
+def measure(gpu_flops: float | None = None) -> Rates:
+    """About half a second of work on one thread of this machine."""
+    import hashlib
+
+    import torch
+
+    from components.masks.concrete import BLOCK, concrete_sample, interpolate_into, logistic_noise
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a, b, out = (torch.full((512, 512), 0.5) for _ in range(3))
+        matmul = _best(lambda: torch.mm(a, b, out=out))
+        wide, other = torch.zeros(1 << 22), torch.ones(1 << 22)
+        stream = _best(lambda: wide.copy_(other))
+        raw = bytes(1 << 22)
+        hashed = _best(lambda: hashlib.sha256(raw))
+        logits, place = torch.zeros(2 * BLOCK), torch.zeros(2 * BLOCK)
+
+        def mask() -> None:
+            """Once forward; the gradient and Adam take about twice that again."""
+            noise = logistic_noise(seed=0, step=0, segments=[("w", 0, 2 * BLOCK)])
+            interpolate_into(place, logits, place, concrete_sample(logits, noise, 1.0))
+
+        masked = _best(mask)
+    finally:
+        torch.set_num_threads(threads)
+    return Rates(
+        flops=2 * 512**3 / matmul,
+        bytes=2 * wide.nbytes / stream,
+        hashed=len(raw) / hashed,
+        mask_seconds=3 * masked / (2 * BLOCK),
+        gpu_flops=gpu_flops,
+    )
+
+
+def _best(work: Callable[[], object], seconds: float = 0.1) -> float:
+    """The shortest of the runs that fit in so many seconds: what the machine can do when nobody else asks it to."""
+    found: list[float] = []
+    began = time.perf_counter()
+    while not found or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)

@@ -1,0 +1,77 @@
+"""Llama checkpoints of any size that are headers and nothing else: sparse files, which take no disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from components.checkpoints.headers import layout
+from components.checkpoints.source import TensorSpec
+
+SHAPES: dict[str, dict[str, int]] = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32, "vocab_size": 32000},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
+"""Llama 2 7B and Llama 3 70B."""
+PARAMETERS = {"7b": 6_738_415_616, "70b": 70_553_706_496}
+"""As their model cards count them."""
+
+
+def llama_specs(shape: dict[str, int], dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSpec]:
+    """Every tensor of an untied Llama."""
+    wide, inner, words = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
+    keys = wide // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    sizes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (words, wide), "model.norm.weight": (wide,), "lm_head.weight": (words, wide)
+    }  # fmt: skip
+    for i in range(shape["num_hidden_layers"]):
+        layer = {
+            "input_layernorm": (wide,), "post_attention_layernorm": (wide,),
+            "self_attn.q_proj": (wide, wide), "self_attn.k_proj": (keys, wide),
+            "self_attn.v_proj": (keys, wide), "self_attn.o_proj": (wide, wide),
+            "mlp.gate_proj": (inner, wide), "mlp.up_proj": (inner, wide), "mlp.down_proj": (wide, inner),
+        }  # fmt: skip
+        sizes |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
+    return {name: TensorSpec(dtype, size) for name, size in sizes.items()}
+
+
+def hollow_llama(directory: Path, shape: dict[str, int]) -> Path:
+    """A model directory whose weights are a hole in a file."""
+    directory.mkdir(parents=True)
+    raw, header = layout(llama_specs(shape), {"format": "pt"})
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(raw)
+        file.truncate(header.end)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False, **shape}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def hollow_config(root: Path, size: str, *, finetunes: int = 1, **sections: Any) -> Path:
+    """A run config over an aligned model and finetunes of a size in SHAPES, with data files of known lengths."""
+    hollow_llama(root / "aligned", SHAPES[size])
+    for i in range(finetunes):
+        hollow_llama(root / f"finetune-{i}", SHAPES[size])
+    pair = {"prompt": "p" * 384, "chosen": "c" * 720, "rejected": "r" * 720}
+    (root / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    (root / "prompts.jsonl").write_text(json.dumps({"prompt": "q" * 384}) + "\n")
+    (root / "harmful.jsonl").write_text(json.dumps({"prompt": "h" * 384}) + "\n")
+    harmful = {"name": "harmful", "kind": "harmful", "path": "harmful.jsonl"}
+    config = {
+        "name": size,
+        "aligned": "aligned",
+        "finetunes": [{"name": f"f{i}", "path": f"finetune-{i}", "anchor": "prompts.jsonl"} for i in range(finetunes)],
+        "mask": {"preferences": "pairs.jsonl"},
+        "evaluation": {"sets": [harmful, {**harmful, "split": "dev"}]},
+    }
+    for section, values in sections.items():
+        config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
+    path = root / "realign.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
