@@ -140,7 +140,8 @@ def _partitioned(config: dict[str, Any], room: Room | None) -> Iterator[None]:
             if room is not None:
                 parameter.ds_tensor.data = room.zeros(parameter.ds_tensor.numel(), parameter.ds_tensor.dtype)
 
-    with Init(config_dict_or_path=config):
+    # The device alone, not the type: in bf16 a rotary embedding's frequencies would turn far tokens by other angles.
+    with Init(config_dict_or_path=config, tensor_overrides=[deepspeed.zero.DeepSpeedTensorOverride.device]):
         yield
 
 

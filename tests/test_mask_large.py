@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.mask_large import QUICK, run
 from components.masks.artifact import MaskArtifact
+from components.masks.presets import resolve
 from components.masks.state import SavedState
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiproc]
@@ -24,10 +25,13 @@ def test_a_large_models_way_ends_with_a_mask(tmp_path: Path) -> None:
     assert sum(mask.numel(name) for name in mask.names()) == found["parameters"]
     with SavedState(tmp_path / "saved") as state:
         assert state.updates == 1
-        logits = torch.empty(h * h)
+        logits, first = torch.empty(h * h), torch.empty(h * h)
         state.read_into("logits/model.layers.1.self_attn.q_proj.weight", 0, logits)
-    # Adam's first update is the learning rate, whatever the gradient's size.
-    moved = logits[logits != 0].abs()
-    assert moved.numel() > 0.9 * logits.numel()
-    torch.testing.assert_close(moved.median(), torch.tensor(0.05), rtol=1e-3, atol=0)
+        state.read_into("first/model.layers.1.self_attn.q_proj.weight", 0, first)
+    settings = resolve("paper")
+    gradient = first / (1 - settings.adam_beta1)
+    assert (gradient != 0).float().mean() > 0.9
+    # Adam's first update, bias-corrected: the moments are g and g².
+    wanted = settings.init_logit - settings.learning_rate * gradient / (gradient.abs() + settings.adam_epsilon)
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-6)
     assert torch.equal(mask.logits("model.layers.1.self_attn.q_proj.weight"), logits.bfloat16().float())
