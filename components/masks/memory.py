@@ -280,6 +280,8 @@ def _gradients(rank: _Rank) -> Iterator[Item]:
         # gloo gathers into a copy of its own.
         copies = 1 if rank.on_gpu else 2
         yield Item("a gathered layer", rank.device, copies * rank.d * rank.largest)
+        if rank.partitions == "disk":
+            yield Item("a layer's partition, as read from its file", "host", rank.d * -(-rank.largest // rank.world))
 
 
 def _passes(rank: _Rank, dims: Dimensions, lengths: Lengths) -> Iterator[Item]:
