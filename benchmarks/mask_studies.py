@@ -3,7 +3,7 @@
 merges: three finetunes merged by averaging, task arithmetic, TIES and DARE, without and under one shared mask. The family's
 pretraining has shown every task a little and its finetunes move less: without that tasks undo each other when merged, mask or
 not. poison: one task with 1, 5, 10 and 20 % harmful requests answered among its training examples. granularity: masks with a
-logit for each element, row or tensor. Rates are on test sets; each is one run of the pipeline on a family of `--seed`. A table,
+logit for each element, row or tensor, on three finetunes. Rates are on test sets; each is one run of the pipeline on a family of `--seed`. A table,
 then one JSON line. `--quick` takes a minute-sized family.
 """
 
@@ -38,6 +38,7 @@ MERGES: tuple[dict[str, Any], ...] = (
     {"name": "dare", "method": "dare", "scale": 0.5, "density": 0.8},
 )
 POISON = (0.01, 0.05, 0.10, 0.20)
+SHARED = ("zh", "hi", "code")
 GRANULARITIES = ("element", "row", "tensor")
 Config = dict[str, Any]
 
@@ -75,7 +76,7 @@ def merges(root: Path, settings: FamilySettings, seed: int) -> Found:
     def change(config: Config) -> None:
         config |= {"mode": "merge", "merges": list(MERGES)}
 
-    return _run(family, change)
+    return _run(family, change, family.parent)
 
 
 def poison(root: Path, settings: FamilySettings, seed: int) -> Found:
@@ -96,19 +97,21 @@ def poison(root: Path, settings: FamilySettings, seed: int) -> Found:
         poisoned = [{**entry, "name": name.replace("%", ""), "path": f"finetunes/{name}"} for name in shares]
         config["finetunes"] = [entry, *poisoned]
 
-    return _run(family, change)
+    return _run(family, change, family.parent)
 
 
 def granularity(root: Path, settings: FamilySettings, seed: int) -> Found:
     models: dict[str, FinetuneSummary] = {}
     failed: list[str] = []
+    chosen = {task: own for task, own in settings.finetunes.items() if task in SHARED}
+    place = root / f"granularity-{settings.size}-{seed}"
+    family = build_from(settings.model_copy(update={"finetunes": chosen}), place / "testbed", seed=seed)
     for one in GRANULARITIES:
-        family = build_from(settings, root / f"granularity-{one}-{settings.size}-{seed}/testbed", seed=seed)
 
         def change(config: Config, one: str = one) -> None:
             config["mask"].setdefault("settings", {})["granularity"] = one
 
-        found, complaints = _run(family, change)
+        found, complaints = _run(family, change, place / one)
         models |= {f"{name} {one}": summary for name, summary in found.items()}
         failed += complaints
     return models, failed
@@ -121,14 +124,13 @@ STUDIES: dict[str, Callable[[Path, FamilySettings, int], Found]] = {
 }
 
 
-def _run(family: Path, change: Callable[[Config], None]) -> Found:
+def _run(family: Path, change: Callable[[Config], None], workspace: Path) -> Found:
     """Run the family's config after `change`, without controls; what became of every model, and complaints."""
     config: Config = yaml.safe_load((family / "realign.yaml").read_text())
     config |= {"fusion": {"controls": []}, "tracking": {"register": False}}
     change(config)
     path = family / "study.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    workspace = family.parent
     failed = realign(load_config(path), workspace)
     return {one["name"]: one for one in shown_models(read_summary(workspace / "summary.json"))}, failed
 
