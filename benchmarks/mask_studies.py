@@ -3,8 +3,8 @@
 merges: three finetunes merged by averaging, task arithmetic, TIES and DARE, without and under one shared mask. The family's
 pretraining has shown every task a little and its finetunes move less: without that tasks undo each other when merged, mask or
 not. poison: one task with 1, 5, 10 and 20 % harmful requests answered among its training examples. granularity: masks with a
-logit for each element, row or tensor, on three finetunes. Rates are on test sets; each is one run of the pipeline on a family of
-`--seed`. A table, then one JSON line. `--quick` takes a minute-sized family.
+logit for each element, row or tensor, on three finetunes. Rates are on test sets; each is one run of the pipeline on a family
+of `--seed`. A table, then one JSON line. `--quick` takes a minute-sized family.
 """
 
 from __future__ import annotations

@@ -68,6 +68,7 @@ def train(context: StageContext, make_engine: EngineMaker) -> MaskResult:
         state_dir=context.state,
         out_dir=context.out / "mask",
         checkpoint_seconds=execution.checkpoint_seconds,
+        checkpoint_steps=execution.checkpoint_steps,
         progress=lambda event: _report(context, event),
         keep_going=context.attempt.keep_going,
         make_engine=make_engine,

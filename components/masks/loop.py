@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,10 @@ DENSITY_EVERY = 10
 """Steps between density measurements in metrics.jsonl."""
 
 Progress = Callable[[dict[str, Any]], None]
+
+
+class Preempted(Exception):  # noqa: N818 - no error: what is left is somebody else's turn
+    """The process was asked to end (SIGTERM, as spot machines are given before they are taken away); the state is saved."""
 
 
 class TrainingRun:
@@ -44,36 +51,51 @@ class TrainingRun:
         anchors = () if self._anchors is None else tuple(self.data.anchors[i] for i in self._anchors.batch(step))
         return Batch(step, tuple(self.data.train[i] for i in self._pairs.batch(step)), anchors)
 
-    def train(self, *, checkpoint_seconds: float, report: Progress, keep_going: Callable[[], None]) -> None:
-        """Run the steps that are left."""
+    def train(
+        self,
+        *,
+        checkpoint_seconds: float,
+        checkpoint_steps: int = 0,
+        report: Progress,
+        keep_going: Callable[[], None],
+    ) -> None:
+        """Run the steps that are left. Raises Preempted, with the state saved, when a rank is asked to end."""
         first = self._resume(report)
         if first:
             report({"phase": "resume", "step": first, "steps": self.settings.steps})
         saved = time.monotonic()
-        for step in range(first, self.settings.steps):
-            if self._stalled():
-                break
-            keep_going()
-            metrics: dict[str, Any] = {"step": step, "temperature": self.settings.temperature(step)}
-            metrics["learning_rate"] = self.settings.rate(step)
-            metrics |= self._step(self.batch(step))
-            done, every = step + 1, self.settings.eval_every
-            if done % DENSITY_EVERY == 0 or done == self.settings.steps:
-                metrics |= self.engine.density()
-            if every and done % every == 0 and (done < self.settings.steps or self.settings.keep_best):
-                metrics["eval"] = self.evaluate()
-            self.history.append(metrics)
-            report({"phase": "train", "steps": self.settings.steps, **metrics})
-            wanted = self.settings.keep_best and self._best() == done
-            if (
-                wanted
-                or self._stalled()
-                or done == self.settings.steps
-                or self._agreed(self._due(saved, checkpoint_seconds))
-            ):
-                keep_going()  # not a byte after the lease is lost
-                self._save(done)
-                saved = time.monotonic()
+        with _asked_to_end() as asked:
+            for step in range(first, self.settings.steps):
+                if self._stalled():
+                    break
+                keep_going()
+                self._advance(step, report)
+                done = step + 1
+                due, ends = self._agreed(time.monotonic() - saved >= checkpoint_seconds, asked())
+                if due or ends or self._wanted(done) or (checkpoint_steps and done % checkpoint_steps == 0):
+                    keep_going()  # not a byte after the lease is lost
+                    self._save(done)
+                    saved = time.monotonic()
+                if ends and done < self.settings.steps:
+                    raise Preempted(f"asked to end after step {step}; its state is saved")
+
+    def _advance(self, step: int, report: Progress) -> None:
+        """One step, with everything that is measured beside it."""
+        metrics: dict[str, Any] = {"step": step, "temperature": self.settings.temperature(step)}
+        metrics["learning_rate"] = self.settings.rate(step)
+        metrics |= self._step(self.batch(step))
+        done, every = step + 1, self.settings.eval_every
+        if done % DENSITY_EVERY == 0 or done == self.settings.steps:
+            metrics |= self.engine.density()
+        if every and done % every == 0 and (done < self.settings.steps or self.settings.keep_best):
+            metrics["eval"] = self.evaluate()
+        self.history.append(metrics)
+        report({"phase": "train", "steps": self.settings.steps, **metrics})
+
+    def _wanted(self, done: int) -> bool:
+        """Whether the state after so many steps is kept whatever the clock says: the last one, and the best so far."""
+        best = self.settings.keep_best and self._best() == done
+        return best or done == self.settings.steps or self._stalled()
 
     def _step(self, batch: Batch) -> dict[str, float]:
         began = time.monotonic()
@@ -104,10 +126,6 @@ class TrainingRun:
         best = self._best()
         return bool(patience and best is not None and len(evaluations) - 1 - evaluations.index(best) >= patience)
 
-    @staticmethod
-    def _due(saved: float, every: float) -> bool:
-        return time.monotonic() - saved >= every
-
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Train and dev metrics with the soft and with the binary mask: {"train_soft": {…}, …}."""
         most = self.settings.eval_pairs
@@ -126,10 +144,11 @@ class TrainingRun:
         """Where the state after so many steps lies."""
         return self.state_dir / f"step-{done:08d}"
 
-    def _agreed(self, mine: bool) -> bool:
-        """The first rank's word: clocks differ."""
+    def _agreed(self, due: bool, asked: bool) -> tuple[bool, bool]:
+        """Whether it is time to save, by the first rank's clock, and whether any rank was asked to end."""
         ranks = self.engine.ranks
-        return bool(ranks.all_sum(torch.tensor(int(mine and ranks.rank == 0))))
+        votes = ranks.all_sum(torch.tensor([int(due and ranks.rank == 0), int(asked)]))
+        return bool(votes[0]), bool(votes[1])
 
     def _save(self, done: int) -> None:
         """A checkpoint counts from the moment LATEST.json names it; what it replaces is removed afterwards."""
@@ -178,6 +197,20 @@ class TrainingRun:
         self.history = [json.loads(line) for line in text.splitlines()]
         self.engine.load(directory)
         return int(latest["step"])
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[Callable[[], bool]]:
+    """Whether a SIGTERM has come meanwhile. Only a process's main thread is told of signals; elsewhere none is caught."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def lines(history: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -79,6 +79,7 @@ def train_mask(
     state_dir: Path,
     out_dir: Path,
     checkpoint_seconds: float = 30.0,
+    checkpoint_steps: int = 0,
     progress: Progress | None = None,
     keep_going: Callable[[], None] | None = None,
     make_engine: EngineMaker | None = None,
@@ -91,7 +92,8 @@ def train_mask(
     this run alone: a run that finds a checkpoint there goes on from it, and its artifact has the same bytes as an unbroken
     run's (on another number of ranks: the same up to rounding). `keep_going` is called before every step and may raise to
     stop. `cache` changes no byte. The caller sets torch's threads. With an engine of several ranks every rank calls this,
-    with the same arguments; the first writes. Raises DataError, CheckpointError, ConfigError, TrainingError.
+    with the same arguments; the first writes. A SIGTERM to any of them ends all after the step, with the state saved. Raises
+    DataError, CheckpointError, ConfigError, TrainingError, Preempted.
     """
     clock = _Clock()
     if settings.anchor_weight > 0 and not anchors:
@@ -110,7 +112,12 @@ def train_mask(
     data = prepare(engine, tokenizer, pairs.pairs, dev.pairs, prompts, dropped, cache)
     clock.lap("prepare")
     run = TrainingRun(engine, data, settings, state_dir)
-    run.train(checkpoint_seconds=checkpoint_seconds, report=report, keep_going=keep_going or (lambda: None))
+    run.train(
+        checkpoint_seconds=checkpoint_seconds,
+        checkpoint_steps=checkpoint_steps,
+        report=report,
+        keep_going=keep_going or (lambda: None),
+    )
     clock.lap("steps")
     report({"phase": "evaluate"})
     kept = run.kept()

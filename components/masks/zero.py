@@ -51,6 +51,9 @@ class MaskExecution(ZeroSettings):
     """Where the model goes forward and backward: gloo connects CPUs, NCCL GPUs."""
     checkpoint_seconds: float = Field(default=10.0, ge=0)
     """Seconds between two states that a killed training goes on from."""
+    checkpoint_steps: int = Field(default=0, ge=0)
+    """Steps after each of which such a state is kept too; 0: the clock alone decides. A training that is asked to end (SIGTERM)
+    keeps one in any case."""
     max_failures: int = Field(default=3, ge=0)
     """How often lost ranks are started again before the stage fails."""
 

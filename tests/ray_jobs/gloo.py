@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -58,9 +59,12 @@ def train(
     stop_at: int | None = None,
     preferences: dict[str, str] | None = None,
     cache: str = "cache",
+    asked_at: int | None = None,
 ) -> None:
-    """Train on the workplace's files, with state and artifact under `run` and reference log-probabilities under `cache`."""
+    """Train on the workplace's files, with state and artifact under `run` and reference log-probabilities under `cache`. The
+    last rank is asked to end when it begins step `asked_at`."""
     from components.masks.data import PreferenceData
+    from components.masks.loop import Preempted
     from components.masks.reference_cache import ReferenceCache
     from components.masks.settings import MaskSettings
     from components.masks.training import train_mask
@@ -73,8 +77,10 @@ def train(
         steps[0] += 1
         if stop_at is not None and steps[0] > stop_at:
             raise InterruptedError
+        if steps[0] - 1 == asked_at and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    with contextlib.suppress(InterruptedError):
+    with contextlib.suppress(InterruptedError, Preempted):
         train_mask(
             settings=MaskSettings(**settings),
             **models(place),
@@ -82,7 +88,7 @@ def train(
             anchors=[place / "anchors.jsonl"],
             state_dir=place / run / "state",
             out_dir=place / run / "mask",
-            checkpoint_seconds=0.0,
+            checkpoint_seconds=3600.0 if asked_at is not None else 0.0,
             make_engine=sharded(ZeroSettings(**zero)),
             keep_going=keep_going,
             cache=ReferenceCache(place / cache, {"aligned": "the workplace's"}),

@@ -182,6 +182,16 @@ def test_a_partitioned_bf16_model_computes_its_buffers_in_fp32(tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_one_rank_that_is_asked_to_end_takes_the_others_along_with_their_state_saved(tmp_path: Path) -> None:
+    place = workplace(tmp_path, "llama")
+    job = {"place": str(place), "settings": settings_of("realign"), "zero": {"stage": 1}}
+    run_ranks(2, [{**job, "run": "asked", "asked_at": 7}], tmp_path)
+    assert json.loads((place / "asked/state/LATEST.json").read_text())["step"] == 8
+    assert not (place / "asked/mask").exists()
+    run_ranks(2, [{**job, "run": "asked"}, {**job, "run": "unbroken"}], tmp_path)
+    assert_same_bits(place / "asked", place / "unbroken")
+
+
 ARCHITECTURES = ("llama", "qwen", "gpt2", "moe", "lora-llama", "lora-gpt2")
 VARIANTS: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from components.errors import DataError, TrainingError
 from components.masks.engine import Batch, ScoredPair, TorchEngine
+from components.masks.loop import Preempted
 from components.masks.presets import resolve
 from components.masks.settings import MaskSettings
 from components.masks.training import MaskResult, train_mask
@@ -83,6 +86,39 @@ def test_a_mask_learns_to_prefer_the_chosen_answers(place: Workplace) -> None:
     finetune = dict(place.finetune.named_parameters())[name].detach().view(-1)
     same = finetune == dict(place.model.named_parameters())[name].detach().view(-1)
     assert bool((result.artifact.logits(name)[same] == 2.0).all())
+
+
+def test_a_run_that_is_asked_to_end_saves_first(tmp_path: Path) -> None:
+    place, settings = Workplace(tmp_path, "llama"), resolve("realign", SMALL)
+    place.train("whole", settings)
+    before, calls = signal.getsignal(signal.SIGTERM), iter(range(10_000))
+
+    def keep_going() -> None:
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="asked to end after step 5; its state is saved"):
+        place.train("asked", settings, keep_going=keep_going, checkpoint_seconds=3600.0)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [p.name for p in (place.root / "asked/state").glob("step-*")] == ["step-00000006"]
+    events: list[dict[str, Any]] = []
+    place.train("asked", settings, progress=events.append)
+    assert {"phase": "resume", "step": 6, "steps": 24} in events
+    for file in ("mask.safetensors", "mask.json", "metrics.jsonl"):
+        assert (place.root / "asked/out" / file).read_bytes() == (place.root / "whole/out" / file).read_bytes()
+
+
+def test_states_are_kept_each_so_many_steps(tmp_path: Path) -> None:
+    place, settings, calls = Workplace(tmp_path, "llama"), resolve("realign", SMALL), iter(range(10_000))
+
+    def keep_going() -> None:
+        # Called before each step and once more before each save: steps 0 to 4 and one save make six.
+        if next(calls) == 7:
+            raise LeaseLostError
+
+    with pytest.raises(LeaseLostError):
+        place.train("run", settings, keep_going=keep_going, checkpoint_seconds=3600.0, checkpoint_steps=4)
+    assert json.loads((place.root / "run/state/LATEST.json").read_text())["step"] == 4
 
 
 class LeaseLostError(Exception):
