@@ -250,13 +250,18 @@ def _judge_training(found: Plan, s: _Sizes) -> None:
     together = side_by_side(execution, s.cluster, threads=s.threads, trainings=len(tasks))
     if together == 0:
         found.problems.append(too_few(s.config.execution, s.cluster))
+    beside = f" with {together} side by side" if together > 1 else ""
+    short: dict[str, list[tuple[int, int, str]]] = {}
     for training in tasks:
         for what, needed, there in need(training, execution, s.cluster, max(together, 1)).over():
-            beside = f" with {together} side by side" if together > 1 else ""
-            found.problems.append(
-                f"train_mask of {training.name}: {size(needed)} of {what}{beside}, {size(there)} free, "
-                f"{size(needed - there)} too little"
-            )
+            short.setdefault(what, []).append((needed, there, training.name))
+    for what, all_short in short.items():
+        needed, there, name = max(all_short)
+        others = f" (and {len(all_short) - 1} more)" if len(all_short) > 1 else ""
+        found.problems.append(
+            f"train_mask of {name}{others}: {size(needed)} of {what}{beside}, {size(there)} free, "
+            f"{size(needed - there)} too little"
+        )
     if found.proposal is None:
         found.notes.append(remedy(None, tasks[0], execution))
     if on_gpu(execution) and s.rates.gpu_flops is None:
