@@ -25,8 +25,8 @@ from pipelines.specs import sets_asked
 
 @dataclass(frozen=True)
 class StageNeed:
-    """One stage: bytes on the node that takes most, bytes of disk that stay and that are only there meanwhile. `seconds`: None
-    where the speed of what it runs on is not known."""
+    """One stage: bytes on the node that takes most, bytes of the workspace's disk that stay and that are only there meanwhile.
+    `seconds`: None where the speed of what it runs on is not known."""
 
     id: str
     stage: str
@@ -140,7 +140,7 @@ def _train(node: Node, s: _Sizes) -> StageNeed:
         seconds=_training_seconds(training, s),
         device=memory.peak("device"),
         disk=artifact_disk(training.weights, training.settings),
-        scratch=taken.disk,
+        scratch=taken.disk if s.cluster.offload_disk is None else taken.state,
         cpus=ranks * s.threads,
         gpus=ranks if on_gpu(execution) else 0,
     )
