@@ -25,8 +25,8 @@ from pipelines.specs import sets_asked
 
 @dataclass(frozen=True)
 class StageNeed:
-    """One stage: bytes on the node that takes most, bytes of disk that stay and that are only there meanwhile. `seconds`: None
-    where the speed of what it runs on is not known."""
+    """One stage: bytes on the node that takes most, bytes of the workspace's disk that stay and that are only there meanwhile.
+    `seconds`: None where the speed of what it runs on is not known."""
 
     id: str
     stage: str
@@ -140,7 +140,7 @@ def _train(node: Node, s: _Sizes) -> StageNeed:
         seconds=_training_seconds(training, s),
         device=memory.peak("device"),
         disk=artifact_disk(training.weights, training.settings),
-        scratch=taken.disk,
+        scratch=taken.disk if s.cluster.offload_disk is None else taken.state,
         cpus=ranks * s.threads,
         gpus=ranks if on_gpu(execution) else 0,
     )
@@ -250,13 +250,18 @@ def _judge_training(found: Plan, s: _Sizes) -> None:
     together = side_by_side(execution, s.cluster, threads=s.threads, trainings=len(tasks))
     if together == 0:
         found.problems.append(too_few(s.config.execution, s.cluster))
+    beside = f" with {together} side by side" if together > 1 else ""
+    short: dict[str, list[tuple[int, int, str]]] = {}
     for training in tasks:
         for what, needed, there in need(training, execution, s.cluster, max(together, 1)).over():
-            beside = f" with {together} side by side" if together > 1 else ""
-            found.problems.append(
-                f"train_mask of {training.name}: {size(needed)} of {what}{beside}, {size(there)} free, "
-                f"{size(needed - there)} too little"
-            )
+            short.setdefault(what, []).append((needed, there, training.name))
+    for what, all_short in short.items():
+        needed, there, name = max(all_short)
+        others = f" (and {len(all_short) - 1} more)" if len(all_short) > 1 else ""
+        found.problems.append(
+            f"train_mask of {name}{others}: {size(needed)} of {what}{beside}, {size(there)} free, "
+            f"{size(needed - there)} too little"
+        )
     if found.proposal is None:
         found.notes.append(remedy(None, tasks[0], execution))
     if on_gpu(execution) and s.rates.gpu_flops is None:
