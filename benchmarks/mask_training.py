@@ -145,7 +145,7 @@ def _models(config: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 def _ours(config: Any, rows: Any) -> tuple[Callable[[], None], int]:
     from components.checkpoints.source import TensorSpec
-    from components.mapped import return_freed_memory
+    from components.mapped import QUICK, return_freed_memory
     from components.masks.engine import Batch, ScoredPair, TorchEngine
     from components.masks.loading import build_masked_model
     from components.masks.preferences import Pair, Row
@@ -167,7 +167,7 @@ def _ours(config: Any, rows: Any) -> tuple[Callable[[], None], int]:
         def read(self, name: str, start: int = 0, stop: int | None = None) -> Any:
             return self.tensors[name].view(-1)[start:stop]
 
-    return_freed_memory()  # as `one_process` does
+    return_freed_memory(QUICK)  # as `one_process` does
     model, aligned, finetuned = _models(config)
     masked = build_masked_model(
         model=model, aligned=Memory(aligned), finetune=Memory(finetuned), settings=resolve("paper"), where=Path("model")

@@ -15,7 +15,7 @@ import torch
 from components.checkpoints.loading import load_causal_lm, load_tokenizer
 from components.checkpoints.source import TensorSource
 from components.errors import DataError
-from components.mapped import return_freed_memory
+from components.mapped import QUICK, return_freed_memory
 from components.masks.artifact import MaskArtifact, write_artifact
 from components.masks.data import PreferenceData, load_prompts
 from components.masks.engine import TorchEngine
@@ -50,7 +50,7 @@ def one_process(zero: ZeroSettings) -> EngineMaker:
     """Makes the engine of a process that has the whole model to itself: of ZeRO, only what saves memory in one."""
 
     def make(model_dir: Path, aligned: TensorSource, finetune: TensorSource, settings: MaskSettings) -> TorchEngine:
-        return_freed_memory()
+        return_freed_memory(QUICK)
         model = base_model(partial(load_causal_lm, dtype=weights_dtype(settings)), model_dir, aligned)
         layers = checkpointed_layers(model) if zero.activation_checkpointing else []
         masked = build_masked_model(
