@@ -24,9 +24,9 @@ from components.errors import StorageError
 CHUNK = 1 << 34
 """Bytes of address space of a `FileRoom`'s file; what is not handed out takes no disk."""
 LEAN, QUICK = 1 << 17, 1 << 24
-"""From which size on freed memory goes back to the system at once (`return_freed_memory`): malloc's own first value, which leaves
-no holes; and one that a step's many tensors of a megabyte or so stay below, for each page that comes back has to be cleared
-again (measured on one process: a step in half the time, with 0.4 GiB more)."""
+"""From which size on freed memory goes back to the system at once (`return_freed_memory`): malloc's own first value, which
+leaves no holes; and one that a step's many tensors of a megabyte or so stay below, for each page that comes back has to be
+cleared again (measured on one process: a step in half the time, with 0.4 GiB more)."""
 _FOLIO = 1 << 21
 """A touch maps as much of a file as the page cache keeps in one piece, up to 2 MiB (measured: half of a rank's resident file
 pages were other ranks' parts), so that much around a tensor is let go of with it."""
@@ -144,7 +144,8 @@ class FileRoom:
 
 
 def return_freed_memory(size: int = LEAN) -> None:
-    """Have blocks of at least `size` bytes go back to the system when they are freed, whatever was freed before; changes no value.
+    """Have blocks of at least `size` bytes go back to the system when they are freed, whatever was freed before. Changes no
+    value.
 
     glibc raises the size from which it does so (M_MMAP_THRESHOLD, up to 32 MiB) each time such a block is freed; the next
     ones are then cut from its heaps, which keep what is freed: a rank of a 187 M-parameter model held 0.9 GiB of holes.
