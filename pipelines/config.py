@@ -277,6 +277,11 @@ class RunConfig(Section):
                 f"finetunes without `anchor`: {', '.join(dict.fromkeys(bare))}; give each a file of prompts, or set "
                 "mask.settings.anchor_weight to 0"
             )
+        if mask.granularity == "tensor" and "random_mask" in self.fusion.controls:
+            problems.append(
+                "the control random_mask is the learned mask itself with mask.settings.granularity: tensor, where a tensor is "
+                "kept or dropped whole; remove it"
+            )
         if mask.storage == "bits":
             problems.append("mask.settings.storage: bits keeps no soft mask, and a run makes both forms; use logits")
         if problems:
@@ -288,6 +293,8 @@ class RunConfig(Section):
         if self.mode == "each":
             return ["`merges` needs `mode: merge`"] if self.merges else []
         problems = [] if self.merges else ["mode: merge needs `merges`, a list of {name, method, …}"]
+        if self.fusion.adapter is not None:
+            problems.append("mode: merge: remove fusion.adapter, a merge is no adapter and leaves whole")
         problems += [f"finetune {f.name}: mask_of has no meaning in mode: merge" for f in self.finetunes if f.mask_of]
         names = [*finetunes, *(m.name for m in self.merges)]
         problems += [
@@ -310,7 +317,8 @@ class RunConfig(Section):
     def _track_problems(self) -> list[str]:
         """What is there, or missing, for the track that is wanted."""
         if self.mask.track == "weights":
-            problems = ["aligned_base is for mask.track: factors; remove it"] if self.aligned_base is not None else []
+            given = [key for key in ("aligned_base", "aligned_base_equal") if getattr(self, key)]
+            problems = [f"{' and '.join(given)}: for mask.track: factors only; remove it"] if given else []
             if is_adapter(self.aligned):
                 problems.append(
                     "aligned is a LoRA adapter: set mask.track: factors and aligned_base, or merge it and give the result"

@@ -83,6 +83,8 @@ def _merge(node: Node, config: RunConfig, roots: Roots) -> Parts:
     merge = config.merge_named(node.finetune)
     assert merge is not None
     settings = merge.model_dump(mode="json", exclude={"name", "of"})
+    if merge.method in ("ties", "dare"):
+        settings["density"] = merge.kept  # the default written out is no other merge
     return {"merge": settings, "finetunes": [f.name for f in config.members(merge.name)]}, {}
 
 
@@ -103,7 +105,7 @@ def _train_mask(node: Node, config: RunConfig, roots: Roots) -> Parts:
         files["anchors"] = [str(f.anchor) for f in config.members(node.finetune) if f.anchor is not None]
         semantics["anchors"] = [roots.files[path] for path in files["anchors"]]
     mask = config.execution.mask
-    return semantics, {"files": files, "mask": mask.model_dump(mode="json"), "ranks": mask.ranks}
+    return semantics, {"files": files, "mask": mask.model_dump(mode="json"), "spread": mask.spread}
 
 
 def _preferences(data: PreferenceData, roots: Roots) -> tuple[Any, Any]:

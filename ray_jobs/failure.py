@@ -14,6 +14,7 @@ class Decision(Enum):
 
 TRANSIENT = (
     "LeaseLost",
+    "Preempted",
     "WorkerCrashedError",
     "NodeDiedError",
     "OutOfMemoryError",

@@ -134,7 +134,7 @@ def run_stage(spec: StageSpec) -> StageAnswer:
 
 
 def _attempt(spec: StageSpec, workspace: Workspace) -> Record:
-    parents = {role: _parent(workspace, role, reference) for role, reference in spec.parents.items()}
+    parents = parents_of(spec, workspace)
     with workspace.attempt(spec.stage, spec.fingerprint) as attempt:
         if attempt is None:
             record = workspace.record(spec.stage, spec.fingerprint)
@@ -162,6 +162,11 @@ def _attempt(spec: StageSpec, workspace: Workspace) -> Record:
             record = workspace.publish(attempt, record)
     workspace.forget_state(spec.stage, spec.fingerprint)
     return record
+
+
+def parents_of(spec: StageSpec, workspace: Workspace) -> dict[str, Record]:
+    """The records of a spec's parents, by role. Raises StorageError for one that is not there."""
+    return {role: _parent(workspace, role, reference) for role, reference in spec.parents.items()}
 
 
 def _parent(workspace: Workspace, role: str, reference: str) -> Record:

@@ -41,7 +41,7 @@ class RayRunner:
         if self._task is None:
             self._start()
         threads = int(spec.execution.get("threads", 1))
-        if int(spec.execution.get("ranks", 1)) > 1:
+        if spec.execution.get("spread"):
             threads = 0  # the stage waits for processes that ask for CPUs themselves
         name = f"{spec.stage}/{spec.fingerprint}"
         task = self._task.options(num_cpus=min(threads, self.cpus), max_retries=0, name=name)

@@ -31,7 +31,7 @@ def run(context: StageContext) -> Outcome:
     """Writes `mask/`: the artifact and `metrics.jsonl` (a line per step). A killed attempt goes on at its last state and, on
     one rank, ends with the same bytes."""
     execution = execution_of(context)
-    if execution.ranks == 1:
+    if not execution.spread:
         cost = train(context, one_process(execution)).cost
     else:
         from ray_jobs.train_ranks import train_on_ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from components.leases import Claim
 from components.masks.zero import MaskExecution
 from components.storage import Attempt, Workspace, write_atomic
 from ray_jobs.deepspeed_engine import sharded
-from ray_jobs.stage import StageContext, StageSpec
+from ray_jobs.stage import StageContext, StageSpec, parents_of
 
-_ENDED = "ranks-ended.json"
+_ENDED = "rank-{}-ended.json"
+_TOGETHER_SECONDS = 10.0
+"""How long a rank that failed waits for the others to fail alike."""
 
 
 def train_on_ranks(context: StageContext, execution: MaskExecution) -> dict[str, Any]:
@@ -25,11 +28,11 @@ def train_on_ranks(context: StageContext, execution: MaskExecution) -> dict[str,
 
     Ray Train keeps no checkpoint here: the state is ours, in the attempt's directory, and outlives the group.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    ended = context.state / _ENDED
-    ended.unlink(missing_ok=True)
+    for old in context.state.glob(_ENDED.format("*")):
+        old.unlink()
     gpu = execution.device == "cuda"
     threads = int(context.spec.execution.get("threads", 1))
     trainer = TorchTrainer(
@@ -48,12 +51,25 @@ def train_on_ranks(context: StageContext, execution: MaskExecution) -> dict[str,
             failure_config=FailureConfig(max_failures=execution.max_failures),
         ),
     )
-    trainer.fit()
-    told: dict[str, Any] = json.loads(ended.read_text())
-    if "error" in told:
-        raise getattr(errors, told["error"]["type"])(told["error"]["message"])
-    cost: dict[str, Any] = told["cost"]
+    try:
+        trainer.fit()
+    except TrainingFailedError:
+        _raise_told(context.state)
+        raise
+    _raise_told(context.state)
+    cost: dict[str, Any] = json.loads((context.state / _ENDED.format(0)).read_text())["cost"]
     return cost
+
+
+def _told(state: Path) -> list[dict[str, Any]]:
+    """The RealignErrors that ranks ended with."""
+    found = [json.loads(path.read_text()) for path in sorted(state.glob(_ENDED.format("*")))]
+    return [told["error"] for told in found if "error" in told]
+
+
+def _raise_told(state: Path) -> None:
+    for told in _told(state):
+        raise getattr(errors, told["type"])(told["message"])
 
 
 def _given(context: StageContext) -> dict[str, Any]:
@@ -70,16 +86,20 @@ def _given(context: StageContext) -> dict[str, Any]:
 def _rank(given: dict[str, Any]) -> None:
     """One rank's whole life. What a user must mend is told to the stage, not raised: it would be tried again."""
     import torch
+    from ray.train import get_context
 
+    rank, world = get_context().get_world_rank(), get_context().get_world_size()
     spec = StageSpec(**given["spec"])
     path, owner = given["lease"]
     attempt = Attempt(out=Path(given["out"]), state=Path(given["state"]), lease=Claim(Path(path), owner))
-    context = StageContext(spec, Workspace(Path(spec.workspace)), attempt, parents={})
+    workspace = Workspace(Path(spec.workspace))
+    context = StageContext(spec, workspace, attempt, parents_of(spec, workspace))
     from ray_jobs.train_mask import execution_of, train
 
     execution = execution_of(context)
-    if execution.device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    if _told(attempt.state):
+        raise RuntimeError("a rank has failed for good")
+    os.environ["DS_ACCELERATOR"] = execution.device  # the driver's own says cpu
     torch.set_num_threads(int(spec.execution.get("threads", 1)))
     torch.use_deterministic_algorithms(True)
     device = torch.device("cuda", torch.cuda.current_device()) if execution.device == "cuda" else "cpu"
@@ -87,4 +107,16 @@ def _rank(given: dict[str, Any]) -> None:
         told: dict[str, Any] = {"cost": train(context, sharded(execution, device=device)).cost}
     except RealignError as error:
         told = {"error": error_payload(error)}
-    write_atomic(attempt.state / _ENDED, json.dumps(told))
+    write_atomic(attempt.state / _ENDED.format(rank), json.dumps(told))
+    if "error" in told:
+        _leave_together(attempt.state, world)
+
+
+def _leave_together(state: Path, world: int) -> None:
+    """Most errors meet all ranks alike, and all end. Where one alone met it (its node's disk is full) the others wait for it in
+    a collective: raising ends the group at once."""
+    deadline = time.monotonic() + _TOGETHER_SECONDS
+    while len(list(state.glob(_ENDED.format("*")))) < world:
+        if time.monotonic() > deadline:
+            raise RuntimeError("this rank has failed for good, the others have not")
+        time.sleep(0.1)

@@ -22,6 +22,7 @@ from components.checkpoints.headers import Header, read_header
 from components.checkpoints.safetensors import MappedFile, read_json
 from components.checkpoints.source import TensorSource, TensorSpec
 from components.errors import CheckpointError, listed
+from components.mapped import drop
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -134,6 +135,7 @@ class LoraSource:
             return weight
         merged = torch.empty(stop - start, dtype=torch.float32)
         merged.copy_(weight)
+        drop(weight)
         cols = self.spec(name).shape[1]
         per_tile = _tile_rows(cols) * cols
         position = start

@@ -18,6 +18,7 @@ from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, listed
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.thresholds import kth_largest_magnitude
+from components.mapped import drop
 from components.masks.concrete import mask_uniforms
 
 BLOCK = 131_072
@@ -42,7 +43,7 @@ def ties(
     """Trim what is smaller than its threshold, elect each element's sign by the sum, join those that agree:
     TIES, https://arxiv.org/abs/2306.01708. The mean is over the weights of those that agree."""
     kept = [d * (d.abs() >= t) * w for d, w, t in zip(deltas, weights, thresholds, strict=True)]
-    elected = torch.stack(kept).sum(dim=0).sign()
+    elected = weighted_sum(kept, [1.0] * len(kept)).sign()  # one after the other: a stack's sum may add in any order
     total, share = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])
     for one, weight in zip(kept, weights, strict=True):
         agrees = (one.sign() == elected) & (one != 0)
@@ -109,7 +110,11 @@ class MergedSource:
                     raise CheckpointError(f"{name} holds integers that differ in {whose}; they cannot be merged")
             return stored
         aligned = stored.float()
-        deltas = [source.read(name, start, stop).float() - aligned for source in self._finetunes.values()]
+        deltas = []
+        for source in self._finetunes.values():
+            finetuned = source.read(name, start, stop)
+            deltas.append(finetuned.float() - aligned)
+            drop(finetuned)
         return aligned + self._settings.scale * self._merge(name, start, deltas)
 
     def _merge(self, name: str, start: int, deltas: list[torch.Tensor]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from components.checkpoints.source import TensorSource
 from components.errors import ConfigError
 from components.fusion.random_subset import RandomSubset
 from components.fusion.settings import FusionSettings
+from components.masks.granularity import spread, units
 
 
 class Mask(Protocol):
@@ -47,6 +48,10 @@ class Mask(Protocol):
 
     def density(self, name: str) -> float:
         """Share of ℓ > 0 in the whole tensor."""
+        ...
+
+    def unit(self, name: str) -> int:
+        """Neighbours that share a logit."""
         ...
 
 
@@ -166,15 +171,21 @@ def _prepare_masked(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
 
 
 def _prepare_random(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
-    """The control for a learned binary mask: as many ones in each tensor, at random places."""
+    """The control for a learned binary mask: as many ones (or rows of them) in each tensor, at random places."""
     if inputs.mask is not None and not inputs.mask.is_masked(inputs.name):
         return _keep_finetune(inputs)
     density = settings.density if inputs.mask is None else inputs.mask.density(inputs.name)
     assert density is not None
-    count = round(density * inputs.numel)
-    subset = RandomSubset(seed=settings.seed, name=inputs.name, numel=inputs.numel, count=count)
-    exact = count / inputs.numel if settings.rescale == "mean" and inputs.numel else None
-    return _bits_kernel(subset.bits, density=exact, inputs=inputs, settings=settings)
+    unit = 1 if inputs.mask is None else inputs.mask.unit(inputs.name)
+    places = inputs.numel // unit
+    count = round(density * places)
+    subset = RandomSubset(seed=settings.seed, name=inputs.name, numel=places, count=count)
+    exact = count / places if settings.rescale == "mean" and places else None
+
+    def bits(start: int, stop: int) -> torch.Tensor:
+        return spread(subset.bits(*units(unit, start, stop)), unit, start, stop)
+
+    return _bits_kernel(bits, density=exact, inputs=inputs, settings=settings)
 
 
 def _bits_kernel(

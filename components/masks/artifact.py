@@ -90,8 +90,8 @@ def write_artifact(
     tensors = {
         name: {
             "shape": list(shapes[name]),
-            "density": tally.kept / tally.seen,
-            "soft_mean": tally.soft / SOFT_UNIT / tally.seen,
+            "density": tally.kept / max(tally.seen, 1),
+            "soft_mean": tally.soft / SOFT_UNIT / max(tally.seen, 1),
             **((statistics or {}).get(name, {})),
         }
         for name, tally in sorted(tallies.items())
@@ -200,6 +200,8 @@ class MaskArtifact:
             return torch.full((stop - start,), torch.inf)
         if self.metadata["storage"] == "bits":
             raise CheckpointError(f"{self.path}: keeps bits only; train with mask.storage: logits for a soft mask")
+        if start == stop:
+            return torch.zeros(0)
         first, last = units(self._unit[name], start, stop)
         raw = self._data[self._offsets[name] + 2 * first : self._offsets[name] + 2 * last]
         return spread(torch.from_numpy(np.array(raw)).view(torch.bfloat16).float(), self._unit[name], start, stop)
@@ -230,6 +232,10 @@ class MaskArtifact:
     def soft_mean(self, name: str) -> float:
         """Mean of σ(ℓ) over the whole tensor."""
         return self._statistic(name, "soft_mean")
+
+    def unit(self, name: str) -> int:
+        """Neighbours of a flattened tensor that share a logit."""
+        return self._unit.get(name, 1)
 
     def _statistic(self, name: str, key: str) -> float:
         if self.numel(name) and name in self._unmasked:

@@ -156,7 +156,7 @@ class _Rank:
     def __init__(self, weights: Sequence[Weight], settings: MaskSettings, execution: MaskExecution) -> None:
         self.weights, self.settings, self.execution = weights, settings, execution
         self.world = execution.ranks
-        self.stage = execution.stage if self.world > 1 else 0
+        self.stage = execution.stage if execution.spread else 0
         self.d = 4 if settings.dtype == "float32" else 2
         self.numel = sum(w.numel for w in weights)
         self.masked = sum(w.numel for w in weights if w.masked)
@@ -173,8 +173,7 @@ class _Rank:
 
     @property
     def on_gpu(self) -> bool:
-        # One process trains where its stage runs: on the CPU.
-        return self.execution.device == "cuda" and self.world > 1
+        return self.execution.device == "cuda"
 
     @property
     def device(self) -> Place:

@@ -92,7 +92,8 @@ def train_mask(
     this run alone: a run that finds a checkpoint there goes on from it, and its artifact has the same bytes as an unbroken
     run's (on another number of ranks: the same up to rounding). `keep_going` is called before every step and may raise to
     stop. `cache` changes no byte. The caller sets torch's threads. With an engine of several ranks every rank calls this,
-    with the same arguments; the first writes. A SIGTERM to any of them ends all after the step, with the state saved. Raises
+    with the same arguments; the first writes. A SIGTERM to any process whose main thread
+    this is ends all ranks after the step, with the state saved. Raises
     DataError, CheckpointError, ConfigError, TrainingError, Preempted.
     """
     clock = _Clock()
@@ -132,14 +133,14 @@ def train_mask(
     cost = {
         "seconds": clock.seconds,
         "tokens_per_second": run.tokens / run.stepping if run.tokens else None,
-        "peak_memory_bytes": max(engine.ranks.gather(_peak_memory())),
+        "peak_memory_bytes": max(engine.ranks.gather(_peak_memory(next(engine.masked.model.parameters()).device))),
     }
     return MaskResult(artifact, artifact.figures(), cost)
 
 
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -45,27 +45,32 @@ class MaskExecution(ZeroSettings):
     """The processes that train a mask together."""
 
     ranks: int = Field(default=1, ge=1)
-    """Processes, each with its CPU threads (and a GPU where `device` says so), on as many nodes as it takes. 1: the stage's
-    own process, in which nothing is spread."""
+    """Processes, each with its CPU threads (and a GPU where `device` says so), on as many nodes as it takes. 1 on the CPU: the
+    stage's own process, in which nothing is spread."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the model goes forward and backward: gloo connects CPUs, NCCL GPUs."""
     checkpoint_seconds: float = Field(default=10.0, ge=0)
     """Seconds between two states that a killed training goes on from."""
     checkpoint_steps: int = Field(default=0, ge=0)
-    """Steps after each of which such a state is kept too; 0: the clock alone decides. A training that is asked to end (SIGTERM)
-    keeps one in any case."""
+    """Steps after each of which such a state is kept too; 0: the clock alone decides. A training in the stage's own process
+    that is asked to end (SIGTERM) keeps one in any case; ranks of Ray Train run beside the main thread, which alone hears."""
     max_failures: int = Field(default=3, ge=0)
     """How often lost ranks are started again before the stage fails."""
+
+    @property
+    def spread(self) -> bool:
+        """Whether ranks of their own train, and not the stage's process, which has no GPU."""
+        return self.ranks > 1 or self.device == "cuda"
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         idle = [name for name in ("offload", "offload_weights") if getattr(self, name) == "cpu"]
         problems = []
-        if idle and (self.device == "cpu" or self.ranks == 1):
+        if idle and self.device == "cpu":
             problems.append(
-                f"{' and '.join(idle)}: cpu, but with device: cpu or ranks: 1 they are there already; take nvme, or none"
+                f"{' and '.join(idle)}: cpu, but with device: cpu they are there already; take nvme, or none"
             )
-        if self.offload_weights != "none" and self.ranks == 1:
+        if self.offload_weights != "none" and not self.spread:
             problems.append("offload_weights needs several ranks: one process holds all weights on its device")
         if problems:
             raise ValueError("; ".join(problems))

@@ -75,8 +75,8 @@ def test_where_a_training_is_offloaded_to_is_relative_to_the_config(place: Path)
 @pytest.mark.parametrize(
     ("execution", "told"),
     [
-        ("{ranks: 2, offload: cpu}", "offload: cpu, but with device: cpu or ranks: 1 they are there already"),
-        ("{ranks: 1, device: cuda, offload_weights: cpu}", "offload_weights needs several ranks"),
+        ("{ranks: 2, offload: cpu}", "offload: cpu, but with device: cpu they are there already"),
+        ("{ranks: 1, offload_weights: nvme}", "offload_weights needs several ranks"),
         ("{ranks: 2, stage: 2, offload_weights: nvme}", "offload_weights needs stage 3"),
     ],
 )
@@ -121,6 +121,12 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
         (("mask:\n", "fusion: {candidates: []}\nmask:\n"), 8, "at least 1 item"),
         (("mask:\n", "fusion: {candidates: [.nan]}\nmask:\n"), 8, "finite number"),
         (("name: zh\n", "name: a/b\n"), 4, "finetunes.0.name"),
+        (
+            ("mask:\n", "fusion: {controls: [random_mask]}\nmask:\n  settings: {granularity: tensor}\n"),
+            1,
+            "random_mask is the",
+        ),
+        (("mask:\n", "aligned_base_equal: true\nmask:\n"), 1, "aligned_base_equal: for mask.track: factors only"),
         (("pairs.jsonl", "{prompts: no.csv}"), 9, "no.csv; give a path relative to the config file"),
         (("pairs.jsonl", "{file: pairs.jsonl, prompts: anchor.jsonl}"), 9, "not file and prompts together"),
         (("pairs.jsonl", "{hub: owner/name}"), 9, "owner/name has no revision; pin it to a commit"),
@@ -161,7 +167,7 @@ def test_the_lora_track_wants_adapters_over_one_base(place: Path) -> None:
     assert "remove fusion.adapter, adapters come out as they are" in found
     (place / "base").mkdir()
     [found] = problems(place, GOOD.replace("aligned: aligned\n", base))
-    assert "aligned_base is for mask.track: factors; remove it" in found
+    assert "aligned_base: for mask.track: factors only; remove it" in found
     (place / "aligned" / "adapter_config.json").write_text("{}")
     [found] = problems(place, GOOD)
     assert "aligned is a LoRA adapter: set mask.track: factors and aligned_base" in found

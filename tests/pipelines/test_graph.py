@@ -109,6 +109,7 @@ def test_merges_are_realigned_in_place_of_their_finetunes(place: Path) -> None: 
         ("scale: 0.4", "density: 0.4", "task_arithmetic has no use for density"),
         ("path: hi, anchor: anchor.jsonl", "path: hi, mask_of: zh", "mask_of has no meaning in mode: merge"),
         ("path: hi, anchor: anchor.jsonl", "path: hi", "finetunes without `anchor`: hi"),
+        ("mode: merge", "fusion: {adapter: {}}\nmode: merge", "mode: merge: remove fusion.adapter"),
     ],
 )
 def test_merges_that_make_no_sense_are_refused(place: Path, old: str, new: str, complaint: str) -> None:  # noqa: F811

@@ -8,11 +8,12 @@ import pytest
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from components.leases import LeaseLost
+from components.masks.loop import Preempted
 from ray_jobs.failure import MAX_TRIES, Decision, decide
 
 
 @pytest.mark.parametrize(
-    "error", [WorkerCrashedError(), LeaseLost("x"), OSError(errno.EIO, "io"), ConnectionResetError()]
+    "error", [WorkerCrashedError(), LeaseLost("x"), Preempted("x"), OSError(errno.EIO, "io"), ConnectionResetError()]
 )
 def test_faults_of_the_machine_are_tried_again_until_it_is_enough(error: BaseException) -> None:
     assert [decide(error, tries) for tries in range(1, MAX_TRIES + 1)] == [

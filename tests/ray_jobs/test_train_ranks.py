@@ -106,6 +106,32 @@ def test_killed_ranks_and_a_killed_driver_end_as_an_unbroken_run(tmp_path: Path)
     assert all(bool(read_whole(source, name).isfinite().all()) for name in source.names())
 
 
+def test_ranks_train_the_mask_of_a_merge(tmp_path: Path) -> None:
+    masks = []
+    for ranks in (1, 2):
+        config = small_config(tmp_path, steps=12)
+        config |= {
+            "fusion": {"controls": []},
+            "mode": "merge",
+            "merges": [{"name": "both", "method": "ties", "density": 0.5}],
+        }
+        config["execution"] = {"mask": {"ranks": ranks, "stage": 3}}
+        workspace = tmp_path / f"ranks-{ranks}"
+        done = run(write_config(tmp_path, config), workspace)
+        assert done.returncode == 0, done.stderr
+        masks.append(workspace)
+    assert_same_mask(masks[1], masks[0])
+
+
+def test_an_offload_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    path = config_of(tmp_path, "bad", ranks=2, stage=1, offload="nvme", offload_dir=str(tmp_path / "files"))
+    (tmp_path / "files").write_text("in the way")
+    done = run(path, tmp_path / "workspace")
+    assert done.returncode == 2
+    assert "hi failed at train_mask: " in done.stderr
+    assert "execution.mask.offload_dir" in done.stderr
+
+
 def test_what_a_user_must_mend_comes_back_as_it_was(tmp_path: Path) -> None:
     path = config_of(tmp_path, "bad", ranks=2, stage=1)
     config = yaml.safe_load(path.read_text())

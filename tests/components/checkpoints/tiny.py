@@ -62,6 +62,9 @@ class LogitMask:
     def density(self, name: str) -> float:
         return float((self.values[name] > 0).double().mean())
 
+    def unit(self, name: str) -> int:
+        return 1
+
 
 def llama(seed: int, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM

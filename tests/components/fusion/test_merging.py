@@ -130,6 +130,16 @@ def test_a_slice_has_the_bits_of_the_whole(method: str) -> None:
         assert torch.equal(source.read("big", start, stop), whole[start:stop])
 
 
+def test_signs_that_nearly_cancel_are_elected_alike_in_every_slice() -> None:
+    generator = torch.Generator().manual_seed(5)
+    deltas = [(torch.randn(4_000, generator=generator) * 8).round() / 8 + 0.1 * (i % 2) for i in range(7)]
+    limits, weights = [0.2] * 7, [1.0] * 7
+    whole = ties(deltas, weights, limits, mean=True)
+    for size in (13, 31, 64):
+        parts = [ties([d[at : at + size] for d in deltas], weights, limits, mean=True) for at in range(0, 4_000, size)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
 @pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "dare"])
 def test_the_gradient_of_a_shared_mask_is_that_of_the_merge_of_masked_task_vectors(method: str) -> None:
     """Autograd through a + λ Merge({m ⊙ τ_t}) as written, against (∂L/∂w)(merged − a)."""

@@ -7,8 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.fusion.methods import blend, interpolation, masked, resta, select
-from tests.components.checkpoints.tiny import same_bits
+from components.fusion.methods import (
+    Block,
+    TensorInputs,
+    blend,
+    interpolation,
+    masked,
+    method_named,
+    resta,
+    select,
+)
+from components.fusion.settings import FusionSettings
+from tests.components.checkpoints.tiny import LogitMask, same_bits
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float32).eps
@@ -23,6 +33,22 @@ def odd_values(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     values[1::11] = -0.0
     values[2::11] = torch.finfo(dtype).smallest_normal / 4
     return values
+
+
+def test_the_random_control_of_a_mask_of_rows_keeps_and_drops_rows() -> None:
+    class Rows(LogitMask):
+        def unit(self, name: str) -> int:
+            return 6
+
+    logits = torch.where(torch.arange(50) % 5 == 0, 1.0, -1.0).repeat_interleave(6)
+    inputs = TensorInputs("w", 300, torch.float32, Rows({"w": logits}), None)
+    kernel = method_named("random_mask").prepare(inputs, FusionSettings(method="random_mask"))
+    whole = kernel(Block(0, 300, torch.zeros(300), torch.ones(300)))
+    rows = whole.view(50, 6)
+    assert torch.equal(rows.min(dim=1).values, rows.max(dim=1).values)
+    assert int(rows[:, 0].sum()) == 10
+    assert not torch.equal(whole > 0, logits > 0)
+    assert torch.equal(kernel(Block(7, 200, torch.zeros(193), torch.ones(193))), whole[7:200])
 
 
 @pytest.mark.parametrize("aligned_dtype", FLOATS)

@@ -119,6 +119,16 @@ def test_bits_are_small_and_have_no_soft_form(tmp_path: Path) -> None:
         mask.binary("x")
 
 
+@pytest.mark.parametrize("granularity", ["element", "row", "tensor"])
+def test_a_tensor_without_elements_has_no_density(tmp_path: Path, granularity: Any) -> None:
+    settings = MaskSettings(granularity=granularity)
+    shards = [("b", 0, 1, torch.ones(1)), ("a", 0, 0, torch.ones(0))]
+    write_artifact(tmp_path, shapes={"a": (0, 4), "b": (1, 1)}, shards=shards, settings=settings)
+    mask = MaskArtifact.open(tmp_path)
+    assert (mask.density("a"), mask.density("b"), mask.metadata["density"]) == (0.0, 1.0, 1.0)
+    assert mask.soft("a", 0, 0).numel() == 0
+
+
 def test_shards_that_do_not_cover_are_a_bug(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"do not cover a\.bias"):
         write_artifact(
