@@ -11,48 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from components.checkpoints.source import TensorSpec
 from components.errors import CheckpointError
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.merging import BLOCK, MergedSource, dropped, find_thresholds, ties, weighted_sum
 from components.fusion.thresholds import kth_largest_magnitude
+from tests.components.checkpoints.tiny import MemorySource
 
 NAMES = ("zh", "code", "math")
 
 
-class Plain:
-    """Tensors in memory as a TensorSource."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.tensors = dict(tensors)
-
-    def names(self) -> list[str]:
-        return sorted(self.tensors)
-
-    def aliases(self) -> Mapping[str, str]:
-        return {}
-
-    def spec(self, name: str) -> TensorSpec:
-        return TensorSpec(self.tensors[name].dtype, tuple(self.tensors[name].shape))
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return self.tensors[name].reshape(-1)[start:stop]
-
-
-def family(dtype: torch.dtype = torch.float32) -> tuple[Plain, dict[str, Plain]]:
+def family(dtype: torch.dtype = torch.float32) -> tuple[MemorySource, dict[str, MemorySource]]:
     generator = torch.Generator().manual_seed(3)
     shapes = {"big": (3, BLOCK // 2 + 5), "small": (7,)}
     aligned = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
     finetunes = {
-        one: Plain(
+        one: MemorySource(
             {n: (a.float() + 0.1 * torch.randn(a.shape, generator=generator)).to(dtype) for n, a in aligned.items()}
         )
         for one in NAMES
     }
-    return Plain(aligned), finetunes
+    return MemorySource(aligned), finetunes
 
 
-def deltas_of(aligned: Plain, finetunes: Mapping[str, Plain], name: str) -> np.ndarray:
+def deltas_of(aligned: MemorySource, finetunes: Mapping[str, MemorySource], name: str) -> np.ndarray:
     """[T, N] in fp64."""
     base = aligned.tensors[name].double().reshape(-1)
     return np.stack([(f.tensors[name].double().reshape(-1) - base).numpy() for f in finetunes.values()])
@@ -70,7 +51,7 @@ def literal_ties(deltas: np.ndarray, keep: float, *, mean: bool) -> np.ndarray:
     return total / np.maximum(agree.sum(axis=0), 1) if mean else total
 
 
-def merged(settings: MergeSettings, aligned: Plain, finetunes: Mapping[str, Plain]) -> MergedSource:
+def merged(settings: MergeSettings, aligned: MemorySource, finetunes: Mapping[str, MemorySource]) -> MergedSource:
     thresholds = find_thresholds(aligned, finetunes, settings) if settings.method == "ties" else None
     return MergedSource(aligned, finetunes, settings, thresholds)
 
@@ -192,12 +173,12 @@ def test_equal_task_vectors_survive_every_merge_that_averages() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     aligned, finetunes = family()
-    finetunes["code"] = Plain({"big": aligned.tensors["big"]})
+    finetunes["code"] = MemorySource({"big": aligned.tensors["big"]})
     with pytest.raises(CheckpointError, match=r"code: .*small"):
         MergedSource(aligned, finetunes, MergeSettings(method="average"))
-    counts = Plain({"n": torch.tensor([1, 2])})
+    counts = MemorySource({"n": torch.tensor([1, 2])})
     source = MergedSource(
-        counts, {"a": counts, "b": Plain({"n": torch.tensor([1, 3])})}, MergeSettings(method="average")
+        counts, {"a": counts, "b": MemorySource({"n": torch.tensor([1, 3])})}, MergeSettings(method="average")
     )
     with pytest.raises(CheckpointError, match="integers that differ in b"):
         source.read("n")
