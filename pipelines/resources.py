@@ -12,7 +12,9 @@ from functools import cached_property
 
 import torch
 
+from components.checkpoints.adapters import LoraSource
 from components.evaluation.prompts import load_prompt_set
+from components.fusion.low_rank import export_sizes
 from components.masks.memory import PROCESS_HOST, RankMemory, artifact_disk, backward_bytes
 from components.masks.zero import MaskExecution
 from pipelines.config import RunConfig
@@ -181,6 +183,16 @@ def _fuse(node: Node, s: _Sizes) -> StageNeed:
     return StageNeed("", "", PROCESS_HOST, s.streamed(4.0 * (read + written)), disk=written)
 
 
+def _export_adapter(node: Node, s: _Sizes) -> StageNeed:
+    """Factoring in fp64, which takes twice fp32's time, after one pass over both models that compares what is not adapted."""
+    source, adapter = s.model(node.finetune).checkpoint.source, s.config.fusion.adapter
+    assert isinstance(source, LoraSource)
+    assert adapter is not None
+    sizes = export_sizes(source, adapter.rank)
+    seconds = 2 * sizes.operations / (s.rates.flops * s.threads) + s.streamed(2.0 * s.models.aligned.stored)
+    return StageNeed("", "", PROCESS_HOST + sizes.adapter + sizes.working, seconds, disk=sizes.adapter)
+
+
 def _evaluate(node: Node, s: _Sizes) -> StageNeed:
     """Loaded in fp32, as it is answered with on the CPU; every answer as long as it may be."""
     dims, new, batch = s.models.dimensions, s.config.evaluation.max_new_tokens, s.config.execution.batch_size
@@ -209,6 +221,7 @@ _NEEDS: dict[str, Callable[[Node, _Sizes], StageNeed]] = {
     "train_mask": _train,
     "search_scale": _evaluate,
     "fuse": _fuse,
+    "export_adapter": _export_adapter,
     "evaluate": _evaluate,
 }
 

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from components.checkpoints.adapters import LoraSource
 from components.errors import ConfigError
+from components.masks.memory import PROCESS_HOST
 from components.masks.zero import MaskExecution
 from pipelines.config import ExecutionSection, RunConfig, load_config
+from pipelines.graph import STEPS
 from pipelines.inputs import open_models, trainings
 from pipelines.machine import GIB, Cluster, Rates, available_memory, described, measure
 from pipelines.placement import Proposal, cost, need, propose, require_fit, side_by_side
 from pipelines.plan_text import plan_json, plan_lines
-from pipelines.resources import Plan, plan
+from pipelines.resources import _NEEDS, Plan, plan
 from tests.pipelines.headers import PARAMETERS, SHAPES, hollow_config, llama_specs
 from tests.pipelines.small import small_config, write_config
 
@@ -208,6 +211,23 @@ def test_a_merge_and_an_adapter_are_computed_when_they_are_read(tmp_path: Path) 
     assert isinstance(adapter, LoraSource)
     computed = {w.name for w in found["hi/train_mask"].weights if not w.finetuned.mapped}
     assert computed == set(adapter.adapted()) != set()
+
+
+def test_an_exported_adapter_is_planned(tmp_path: Path) -> None:
+    """Rank 3 of the family's LoRA finetune, counted from its own file's shapes."""
+    config = load_config(write_config(tmp_path, small_config(tmp_path, finetunes=("hi",))))
+    exported = stage(planned(config), "hi/export_adapter")
+    with safe_open(str(config.finetunes[0].path / "adapter_model.safetensors"), "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    assert min(min(shape) for shape in shapes.values()) >= 3
+    assert exported.disk == 4 * 3 * sum(max(shape) for shape in shapes.values())
+    modules = {name.rsplit(".lora_", 1)[0] for name in shapes}
+    largest = max(shapes[f"{m}.lora_A.weight"][1] * shapes[f"{m}.lora_B.weight"][0] for m in modules)
+    assert exported.host == PROCESS_HOST + exported.disk + 6 * 4 * largest
+
+
+def test_every_stage_of_the_graph_is_estimated() -> None:
+    assert set(_NEEDS) == {step.stage for step in STEPS if step.kind == "stage"}
 
 
 def test_a_refusal_says_what_would_fit(tmp_path: Path) -> None:
