@@ -31,7 +31,8 @@ _PART, _RANK = 0.05, 0.02
 class Training:
     """One mask that a run trains."""
 
-    name: str
+    label: str
+    """Whose it is, as messages say it: a finetune's or merge's name, or `the control paper of <name>`."""
     weights: Sequence[Weight]
     dimensions: Dimensions
     lengths: Lengths
@@ -203,7 +204,7 @@ def require_fit(
     if not together:
         raise ConfigError(too_few(execution, cluster))
     what_fits = remedy(propose(trainings, configured, cluster, threads=threads), largest, configured)
-    raise ConfigError(f"mask training of {largest.name} does not fit: {_told(over, together)}; {what_fits}")
+    raise ConfigError(f"mask training of {largest.label} does not fit: {_told(over, together)}; {what_fits}")
 
 
 def too_few(execution: ExecutionSection, cluster: Cluster) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors import safe_open
 
 from components.checkpoints.adapters import LoraSource
@@ -22,7 +24,7 @@ from pipelines.machine import GIB, Cluster, Rates, available_memory, described, 
 from pipelines.placement import Proposal, cost, need, propose, require_fit, side_by_side
 from pipelines.plan_text import plan_json, plan_lines
 from pipelines.resources import _NEEDS, Plan, plan
-from tests.pipelines.headers import PARAMETERS, SHAPES, hollow_config, llama_specs
+from tests.pipelines.headers import PARAMETERS, SHAPES, hollow_config, hollow_factors, hollow_llama, llama_specs
 from tests.pipelines.small import small_config, write_config
 
 RATES = Rates(flops=1e10, bytes=1e10, hashed=1e9, mask_seconds=1e-8)
@@ -211,6 +213,58 @@ def test_a_merge_and_an_adapter_are_computed_when_they_are_read(tmp_path: Path) 
     assert isinstance(adapter, LoraSource)
     computed = {w.name for w in found["hi/train_mask"].weights if not w.finetuned.mapped}
     assert computed == set(adapter.adapted()) != set()
+
+
+def test_models_of_adapters_count_the_base_that_they_answer_with(tmp_path: Path) -> None:
+    path, factors = hollow_factors(tmp_path, "7b", ("q_proj", "o_proj"))
+    found = planned(load_config(path))
+    parameters = PARAMETERS["7b"]
+    for name in ("evaluate_aligned", "f0/evaluate_before", "f0/evaluate_soft"):
+        assert stage(found, name).host > PROCESS_HOST + 4 * (parameters + factors)
+        # Reading the weights once for each of at least one answer's tokens.
+        assert stage(found, name).seconds > 4 * parameters / RATES.bytes
+    for name in ("load_aligned", "f0/load"):
+        stored = 2 * parameters + 4 * factors
+        assert stage(found, name).seconds == pytest.approx(stored / RATES.hashed + 2 * stored / RATES.bytes)
+    assert stage(found, "f0/fuse_soft").disk == 4 * factors  # adapters come out
+
+
+def test_a_finetune_that_lacks_tensors_is_told_whatever_it_is_for(tmp_path: Path) -> None:
+    short = {**SHAPES["small"], "num_hidden_layers": 1}
+    finetunes = [{"name": f"f{i}", "path": f"finetune-{i}", "anchor": "prompts.jsonl"} for i in range(2)]
+    for kind in ("lent", "merge"):
+        root = tmp_path / kind
+        merging = {"mode": "merge", "merges": [{"name": "both", "method": "average"}]} if kind == "merge" else {}
+        path = hollow_config(root, "small", finetunes=2, **merging)
+        shutil.rmtree(root / "finetune-1")
+        hollow_llama(root / "finetune-1", short)
+        if kind == "lent":
+            changed = yaml.safe_load(path.read_text())
+            changed["finetunes"] = [{**finetunes[0], "mask_of": "f1"}, finetunes[1]]
+            path.write_text(yaml.safe_dump(changed))
+        found = planned(load_config(path))
+        [problem] = [p for p in found.problems if p.startswith("f1: ")]
+        assert "(9 differences): tensor model.layers.1.input_layernorm.weight is missing" in problem
+        assert found.memory == {}
+        # What needs the mask is not planned either; what it is measured against is.
+        assert {one.id for one in found.stages if one.id.startswith("f0/")} == {
+            "f0/load", "f0/extract_delta", "f0/evaluate_before"
+        }  # fmt: skip
+
+
+def test_messages_say_which_of_a_finetunes_masks_they_mean(tmp_path: Path) -> None:
+    config = loaded(tmp_path, fusion={"controls": ["paper"]})
+    tasks = trainings(config, open_models(config), tokenize=True)
+    assert {node: task.label for node, task in tasks.items()} == {
+        "f0/train_mask": "f0", "f0/train_mask_paper": "the control paper of f0"
+    }  # fmt: skip
+    # It is trained in fp32, as published.
+    less = NODE.model_copy(update={"gpu_memory": 16 * GIB})
+    with pytest.raises(ConfigError, match="mask training of the control paper of f0 does not fit"):
+        require_fit(list(tasks.values()), config.execution, less)
+    assert any(
+        p.startswith("train_mask of the control paper of f0 (and 1 more): ") for p in planned(config, less).problems
+    )
 
 
 def test_an_exported_adapter_is_planned(tmp_path: Path) -> None:
