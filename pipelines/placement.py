@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from components.checkpoints.dimensions import Dimensions
 from components.errors import ConfigError
@@ -17,6 +17,7 @@ from pipelines.machine import GIB, Cluster
 
 MARGIN = 1.5
 """A run is refused when the estimate is more than this times what there is: activations are estimated for one kind of layer."""
+Device = Literal["cpu", "cuda"]
 _STAGE = {0: 0.10, 1: 0.05, 2: 0.06, 3: 0.25}
 _OFFLOAD: dict[Offload, float] = {"none": 0.0, "cpu": 0.5, "nvme": 2.0}
 _OFFLOAD_WEIGHTS: dict[Offload, float] = {"none": 0.0, "cpu": 0.4, "nvme": 2.5}
@@ -139,7 +140,10 @@ def propose(
     trainings: Sequence[Training], configured: MaskExecution, cluster: Cluster, *, threads: int
 ) -> Proposal | None:
     """The least costly settings with which the largest training fits beside as many others as would run; None: none does."""
-    found = sorted(_candidates(configured, cluster, threads, trainings), key=lambda c: (c[0], c[1].ranks))
+    devices: tuple[Device, ...] = ("cuda", "cpu") if cluster.gpus else ("cpu",)
+    found = [one for device in devices for one in _candidates(configured, device, cluster, threads, trainings)]
+    # A CPU takes many times a GPU's time, whatever is spread how.
+    found.sort(key=lambda c: (devices.index(c[1].device), c[0], c[1].ranks))
     largest = max(trainings, key=lambda t: sum(w.numel for w in t.weights))
     for _, execution, together in found:
         needed = need(largest, execution, cluster, together)
@@ -151,11 +155,10 @@ def propose(
 
 
 def _candidates(
-    configured: MaskExecution, cluster: Cluster, threads: int, trainings: Sequence[Training]
+    configured: MaskExecution, device: Device, cluster: Cluster, threads: int, trainings: Sequence[Training]
 ) -> Iterator[tuple[float, MaskExecution, int]]:
-    """(cost of all trainings, settings, how many side by side)."""
-    batch = trainings[0].settings.batch_size
-    gpu = configured.device == "cuda" and cluster.gpus > 0
+    """(cost of all trainings, settings, how many side by side). One process trains on the CPU, so that GPUs take several."""
+    batch, gpu = trainings[0].settings.batch_size, device == "cuda"
     most = cluster.nodes * (cluster.gpus if gpu else cluster.cpus // threads)
     for ranks in _doublings(2 if gpu else 1, max(most, 1)):
         for stage in (1, 2, 3) if ranks > 1 else (configured.stage,):
@@ -173,7 +176,7 @@ def _candidates(
                                     "offload_weights": weights,
                                     "accumulate": accumulate,
                                     "activation_checkpointing": checkpointing,
-                                    "device": "cuda" if gpu else "cpu",
+                                    "device": device,
                                 }
                             )
                             usual = side_by_side(execution, cluster, threads=threads, trainings=len(trainings))

@@ -111,7 +111,7 @@ def test_the_least_costly_proposal_grows_dearer_as_memory_shrinks(tmp_path: Path
     assert (first.ranks, first.stage, first.offload, first.activation_checkpointing) == (2, 1, "none", False)
     assert last.stage == 3
     assert last.offload != "none"
-    assert proposal(config, NODE.model_copy(update={"gpu_memory": GIB})) is None
+    assert proposal(config, NODE.model_copy(update={"gpu_memory": GIB, "memory": 10 * GIB})) is None
 
 
 def test_seventy_billion_need_more_than_one_node_or_its_host(tmp_path: Path) -> None:
@@ -265,6 +265,26 @@ def test_messages_say_which_of_a_finetunes_masks_they_mean(tmp_path: Path) -> No
     assert any(
         p.startswith("train_mask of the control paper of f0 (and 1 more): ") for p in planned(config, less).problems
     )
+
+
+def test_gpus_that_are_described_are_proposed(tmp_path: Path) -> None:
+    config = loaded(tmp_path, mask={"ranks": 1})
+    on_cpu = planned(config)
+    assert on_cpu.proposal is not None
+    on_gpus = proposal(loaded(tmp_path / "cuda", mask=CUDA), NODE)
+    assert on_gpus is not None
+    assert on_gpus.execution.device == "cuda"
+    assert on_cpu.proposal.execution == on_gpus.execution
+    assert "device: cuda" in "\n".join(plan_lines(on_cpu, config))
+    # Where no GPU is large enough, or there is one alone, the CPUs are.
+    for short in ({"gpu_memory": GIB}, {"gpus": 1}):
+        cluster = NODE.model_copy(update=short)
+        for mask in ({"ranks": 1}, {**CUDA, "stage": 3, "offload": "cpu"}):
+            found = proposal(loaded(tmp_path / f"{len(mask)}-{list(short)}", mask=mask), cluster)
+            assert found is not None
+            chosen = MaskExecution(**found.execution.model_dump())  # which a config may say
+            assert (chosen.device, chosen.ranks, found.need.device) == ("cpu", 1, 0)
+            assert found.need.host <= cluster.memory
 
 
 def test_an_exported_adapter_is_planned(tmp_path: Path) -> None:
