@@ -123,7 +123,7 @@ def cost(execution: MaskExecution) -> float:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Settings that fit; `workers` where fewer trainings must run side by side than would."""
+    """Settings that fit; `workers` where fewer trainings must run side by side than would, or one's ranks need more CPUs."""
 
     execution: MaskExecution
     workers: int | None
@@ -142,15 +142,18 @@ def propose(
     """The least costly settings with which the largest training fits beside as many others as would run; None: none does."""
     devices: tuple[Device, ...] = ("cuda", "cpu") if cluster.gpus else ("cpu",)
     found = [one for device in devices for one in _candidates(configured, device, cluster, threads, trainings)]
-    # A CPU takes many times a GPU's time, whatever is spread how.
-    found.sort(key=lambda c: (devices.index(c[1].device), c[0], c[1].ranks))
+
+    def usual(execution: MaskExecution) -> int:
+        return side_by_side(execution, cluster, threads=threads, trainings=len(trainings))
+
+    # A CPU takes many times a GPU's time, whatever is spread how; 0 side by side: GPUs whose ranks lack CPUs.
+    found.sort(key=lambda c: (devices.index(c[1].device), usual(c[1]) == 0, c[0], c[1].ranks))
     largest = max(trainings, key=lambda t: sum(w.numel for w in t.weights))
     for _, execution, together in found:
         needed = need(largest, execution, cluster, together)
         if not needed.over():
-            usual = side_by_side(execution, cluster, threads=threads, trainings=len(trainings))
-            fewer = together * execution.ranks * threads if together < usual else None
-            return Proposal(execution, fewer, needed)
+            workers = together * execution.ranks * threads if together != usual(execution) else None
+            return Proposal(execution, workers, needed)
     return None
 
 
@@ -181,7 +184,7 @@ def _candidates(
                             )
                             usual = side_by_side(execution, cluster, threads=threads, trainings=len(trainings))
                             for together in {1, usual} - {0}:
-                                idle = usual / together
+                                idle = max(usual, 1) / together
                                 yield cost(execution) * idle, execution, together
 
 

@@ -287,6 +287,19 @@ def test_gpus_that_are_described_are_proposed(tmp_path: Path) -> None:
             assert found.need.host <= cluster.memory
 
 
+def test_ranks_on_gpus_are_proposed_with_the_cpus_that_they_need(tmp_path: Path) -> None:
+    config = loaded(tmp_path, mask={"ranks": 1})
+    few = NODE.model_copy(update={"cpus": 2})
+    as_it_is = proposal(config, few)
+    assert as_it_is is not None
+    assert (as_it_is.execution.device, as_it_is.execution.ranks, as_it_is.workers) == ("cuda", 2, None)
+    more = proposal(config, few.model_copy(update={"cpus": 1}))
+    assert more is not None
+    assert more.execution.device == "cuda"
+    assert more.workers == more.execution.ranks >= 2
+    assert side_by_side(more.execution, few.model_copy(update={"cpus": more.workers}), threads=1, trainings=1) == 1
+
+
 def test_an_exported_adapter_is_planned(tmp_path: Path) -> None:
     """Rank 3 of the family's LoRA finetune, counted from its own file's shapes."""
     config = load_config(write_config(tmp_path, small_config(tmp_path, finetunes=("hi",))))
