@@ -20,7 +20,7 @@ from components.storage import Workspace, storage_errors, write_atomic
 from pipelines.config import RunConfig
 from pipelines.graph import Node, expand
 from pipelines.roots import Roots
-from pipelines.specs import build_spec
+from pipelines.specs import build_spec, root_key
 from ray_jobs.stage import StageAnswer, StageSpec
 from ray_jobs.submit import RayRunner, ray_runner
 
@@ -137,7 +137,7 @@ def _start(state: NodeState, run: RunState, runner: RayRunner) -> None:
         state.status = "skipped"
         return
     try:
-        error = run.roots.errors.get(_root_key(state.node))
+        error = run.roots.errors.get(root_key(state.node))
         if error is not None and state.node.step.stage == "load":
             raise error
         spec = build_spec(state.node, config=run.config, roots=run.roots, parents=alive, workspace=run.workspace.root)
@@ -155,12 +155,6 @@ def _start(state: NodeState, run: RunState, runner: RayRunner) -> None:
     # Two nodes may ask for one result (a finetune listed twice under other names): submit it once.
     if not any(s is not state and s.status == "running" and s.spec == spec for s in run.nodes.values()):
         runner.submit(spec)
-
-
-def _root_key(node: Node) -> str:
-    if node.finetune is not None:
-        return f"finetune:{node.finetune}"
-    return node.step.name.removeprefix("load_")
 
 
 def _finish(nodes: dict[str, NodeState], spec: StageSpec, answer: StageAnswer) -> None:

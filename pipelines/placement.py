@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from components.checkpoints.dimensions import Dimensions
 from components.errors import ConfigError
@@ -17,6 +17,7 @@ from pipelines.machine import GIB, Cluster
 
 MARGIN = 1.5
 """A run is refused when the estimate is more than this times what there is: activations are estimated for one kind of layer."""
+Device = Literal["cpu", "cuda"]
 _STAGE = {0: 0.10, 1: 0.05, 2: 0.06, 3: 0.25}
 _OFFLOAD: dict[Offload, float] = {"none": 0.0, "cpu": 0.5, "nvme": 2.0}
 _OFFLOAD_WEIGHTS: dict[Offload, float] = {"none": 0.0, "cpu": 0.4, "nvme": 2.5}
@@ -31,7 +32,8 @@ _PART, _RANK = 0.05, 0.02
 class Training:
     """One mask that a run trains."""
 
-    name: str
+    label: str
+    """Whose it is, as messages say it: a finetune's or merge's name, or `the control paper of <name>`."""
     weights: Sequence[Weight]
     dimensions: Dimensions
     lengths: Lengths
@@ -79,8 +81,8 @@ class Need:
 
 
 def on_gpu(execution: MaskExecution) -> bool:
-    """Whether ranks take GPUs. One process trains where its stage runs: on the CPU."""
-    return execution.device == "cuda" and execution.ranks > 1
+    """Whether ranks take GPUs."""
+    return execution.device == "cuda"
 
 
 def side_by_side(execution: MaskExecution, cluster: Cluster, *, threads: int, trainings: int) -> int:
@@ -121,7 +123,7 @@ def cost(execution: MaskExecution) -> float:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Settings that fit; `workers` where fewer trainings must run side by side than would."""
+    """Settings that fit; `workers` where fewer trainings must run side by side than would, or one's ranks need more CPUs."""
 
     execution: MaskExecution
     workers: int | None
@@ -138,29 +140,34 @@ def propose(
     trainings: Sequence[Training], configured: MaskExecution, cluster: Cluster, *, threads: int
 ) -> Proposal | None:
     """The least costly settings with which the largest training fits beside as many others as would run; None: none does."""
-    found = sorted(_candidates(configured, cluster, threads, trainings), key=lambda c: (c[0], c[1].ranks))
+    devices: tuple[Device, ...] = ("cuda", "cpu") if cluster.gpus else ("cpu",)
+    found = [one for device in devices for one in _candidates(configured, device, cluster, threads, trainings)]
+
+    def usual(execution: MaskExecution) -> int:
+        return side_by_side(execution, cluster, threads=threads, trainings=len(trainings))
+
+    # A CPU takes many times a GPU's time, whatever is spread how; 0 side by side: GPUs whose ranks lack CPUs.
+    found.sort(key=lambda c: (devices.index(c[1].device), usual(c[1]) == 0, c[0], c[1].ranks))
     largest = max(trainings, key=lambda t: sum(w.numel for w in t.weights))
     for _, execution, together in found:
         needed = need(largest, execution, cluster, together)
         if not needed.over():
-            usual = side_by_side(execution, cluster, threads=threads, trainings=len(trainings))
-            fewer = together * execution.ranks * threads if together < usual else None
-            return Proposal(execution, fewer, needed)
+            workers = together * execution.ranks * threads if together != usual(execution) else None
+            return Proposal(execution, workers, needed)
     return None
 
 
 def _candidates(
-    configured: MaskExecution, cluster: Cluster, threads: int, trainings: Sequence[Training]
+    configured: MaskExecution, device: Device, cluster: Cluster, threads: int, trainings: Sequence[Training]
 ) -> Iterator[tuple[float, MaskExecution, int]]:
     """(cost of all trainings, settings, how many side by side)."""
-    batch = trainings[0].settings.batch_size
-    gpu = configured.device == "cuda" and cluster.gpus > 0
+    batch, gpu = trainings[0].settings.batch_size, device == "cuda"
     most = cluster.nodes * (cluster.gpus if gpu else cluster.cpus // threads)
-    for ranks in _doublings(2 if gpu else 1, max(most, 1)):
-        for stage in (1, 2, 3) if ranks > 1 else (configured.stage,):
+    for ranks in _doublings(1, max(most, 1)):
+        for stage in (1, 2, 3) if ranks > 1 or gpu else (configured.stage,):
             for offload in ("none", "cpu", "nvme") if gpu else ("none", "nvme"):
                 for weights in ("none", "cpu", "nvme") if gpu else ("none", "nvme"):
-                    if weights != "none" and (stage != 3 or ranks == 1):
+                    if weights != "none" and (stage != 3 or (ranks == 1 and not gpu)):
                         continue
                     for accumulate in _doublings(1, -(-batch // ranks)):
                         for checkpointing in (False, True):
@@ -172,12 +179,12 @@ def _candidates(
                                     "offload_weights": weights,
                                     "accumulate": accumulate,
                                     "activation_checkpointing": checkpointing,
-                                    "device": "cuda" if gpu else "cpu",
+                                    "device": device,
                                 }
                             )
                             usual = side_by_side(execution, cluster, threads=threads, trainings=len(trainings))
                             for together in {1, usual} - {0}:
-                                idle = usual / together
+                                idle = max(usual, 1) / together
                                 yield cost(execution) * idle, execution, together
 
 
@@ -203,7 +210,7 @@ def require_fit(
     if not together:
         raise ConfigError(too_few(execution, cluster))
     what_fits = remedy(propose(trainings, configured, cluster, threads=threads), largest, configured)
-    raise ConfigError(f"mask training of {largest.name} does not fit: {_told(over, together)}; {what_fits}")
+    raise ConfigError(f"mask training of {largest.label} does not fit: {_told(over, together)}; {what_fits}")
 
 
 def too_few(execution: ExecutionSection, cluster: Cluster) -> str:

@@ -12,7 +12,9 @@ from functools import cached_property
 
 import torch
 
+from components.checkpoints.adapters import LoraSource
 from components.evaluation.prompts import load_prompt_set
+from components.fusion.low_rank import export_sizes
 from components.masks.memory import PROCESS_HOST, RankMemory, artifact_disk, backward_bytes
 from components.masks.zero import MaskExecution
 from pipelines.config import RunConfig
@@ -93,25 +95,35 @@ def plan(config: RunConfig, models: Models, cluster: Cluster, rates: Rates) -> P
     """Everything at once; raises only what keeps the whole run from starting."""
     wanted = trainings(config, models, tokenize=True)
     sizes = _Sizes(config, models, cluster, rates, wanted)
-    nodes = [n for n in expand(config) if n.step.kind == "stage" and not _broken(n, sizes)]
+    nodes = _possible(sizes)
     stages = [replace(_NEEDS[n.step.stage](n, sizes), id=n.id, stage=n.step.stage) for n in nodes]
     found = Plan(cluster, rates, stages, sizes.memory, None, [], [])
-    found.problems = [f"{name}: {error}" for name, error in models.errors.items()]
+    found.problems = [f"{name}: {error}" for name, error in {**models.errors, **models.untrained}.items()]
     _schedule(nodes, found)
     _judge_training(found, sizes)
     _judge_others(found)
     return found
 
 
-def _broken(node: Node, sizes: _Sizes) -> bool:
-    if node.finetune is None:
-        return False
-    names = {node.finetune, *(member.name for member in sizes.config.members(node.finetune))}
-    return not names.isdisjoint(sizes.models.errors)
+def _possible(s: _Sizes) -> list[Node]:
+    """Stages, but for those of models that cannot be read, of masks that cannot be estimated, and what stands on such."""
+    lost, found = set[str](), list[Node]()
+    for node in expand(s.config):
+        if node.step.kind != "stage":
+            continue
+        names = {member.name for member in s.config.members(node.finetune)} if node.finetune else set[str]()
+        untrained = node.step.stage == "train_mask" and node.id not in s.trainings
+        stands = not node.joins and any(parent in lost for _, parent in node.parents)
+        if untrained or stands or not names.isdisjoint(s.models.errors):
+            lost.add(node.id)
+        else:
+            found.append(node)
+    return found
 
 
 def _load(node: Node, s: _Sizes) -> StageNeed:
-    stored = s.model(node.finetune).stored
+    model = s.model(node.finetune)
+    stored = model.stored + model.under
     return StageNeed("", "", PROCESS_HOST, stored / s.rates.hashed + s.streamed(2 * stored))
 
 
@@ -181,6 +193,16 @@ def _fuse(node: Node, s: _Sizes) -> StageNeed:
     return StageNeed("", "", PROCESS_HOST, s.streamed(4.0 * (read + written)), disk=written)
 
 
+def _export_adapter(node: Node, s: _Sizes) -> StageNeed:
+    """Factoring in fp64, which takes twice fp32's time, after one pass over both models that compares what is not adapted."""
+    source, adapter = s.model(node.finetune).checkpoint.source, s.config.fusion.adapter
+    assert isinstance(source, LoraSource)
+    assert adapter is not None
+    sizes = export_sizes(source, adapter.rank)
+    seconds = 2 * sizes.operations / (s.rates.flops * s.threads) + s.streamed(2.0 * s.models.aligned.stored)
+    return StageNeed("", "", PROCESS_HOST + sizes.adapter + sizes.working, seconds, disk=sizes.adapter)
+
+
 def _evaluate(node: Node, s: _Sizes) -> StageNeed:
     """Loaded in fp32, as it is answered with on the CPU; every answer as long as it may be."""
     dims, new, batch = s.models.dimensions, s.config.evaluation.max_new_tokens, s.config.execution.batch_size
@@ -194,10 +216,10 @@ def _evaluate(node: Node, s: _Sizes) -> StageNeed:
         speed = s.rates.flops * s.threads
         batches = -(-len(lengths) // batch)
         # A batch's token takes its arithmetic, or reading all weights once, whichever is longer.
-        token = max(2 * model.numel * together / speed, s.streamed(model.wide))
-        seconds += 2 * model.numel * sum(lengths) / speed + batches * new * token
+        token = max(2 * model.parameters * together / speed, s.streamed(model.wide))
+        seconds += 2 * model.parameters * sum(lengths) / speed + batches * new * token
     if node.step.stage == "search_scale":
-        seconds = len(s.config.fusion.candidates) * (seconds + s.streamed(12.0 * model.numel))
+        seconds = len(s.config.fusion.candidates) * (seconds + s.streamed(12.0 * model.parameters))
     return StageNeed("", "", PROCESS_HOST + model.wide + beside, seconds + s.streamed(2 * model.wide))
 
 
@@ -209,6 +231,7 @@ _NEEDS: dict[str, Callable[[Node, _Sizes], StageNeed]] = {
     "train_mask": _train,
     "search_scale": _evaluate,
     "fuse": _fuse,
+    "export_adapter": _export_adapter,
     "evaluate": _evaluate,
 }
 
@@ -254,7 +277,7 @@ def _judge_training(found: Plan, s: _Sizes) -> None:
     short: dict[str, list[tuple[int, int, str]]] = {}
     for training in tasks:
         for what, needed, there in need(training, execution, s.cluster, max(together, 1)).over():
-            short.setdefault(what, []).append((needed, there, training.name))
+            short.setdefault(what, []).append((needed, there, training.label))
     for what, all_short in short.items():
         needed, there, name = max(all_short)
         others = f" (and {len(all_short) - 1} more)" if len(all_short) > 1 else ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,18 +51,26 @@ def find_roots(config: RunConfig, cache: Path) -> Roots:
         path, base, declared = paths[key]
         factors = config.mask.track == "factors" and key != UNALIGNED
         try:
-            checkpoint = open_checkpoint(path, base=base, base_declared_equal=declared, factors=factors)
-            _require_room(checkpoint, config.evaluation.max_new_tokens)
-            models[key] = identify(checkpoint, cache=cache).sha256
+            with readable(path):
+                checkpoint = open_checkpoint(path, base=base, base_declared_equal=declared, factors=factors)
+                _require_room(checkpoint, config.evaluation.max_new_tokens)
+                models[key] = identify(checkpoint, cache=cache).sha256
         except RealignError as error:
             errors[key] = error
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            # Files of any content may lie there; one finetune's must not end the run for all.
-            errors[key] = CheckpointError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error})")
 
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(pool.map(one, paths))
     return Roots(models=models, errors=errors, files=_check_files(config))
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """A CheckpointError in place of whatever reading `path` raises: files of any content may lie there, and one finetune's must
+    not end the run for all."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
 
 
 def _require_room(checkpoint: Checkpoint, max_new_tokens: int) -> None:

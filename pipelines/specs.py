@@ -19,6 +19,11 @@ Parts = tuple[dict[str, Any], dict[str, Any]]
 """(semantics, execution)"""
 
 
+def root_key(node: Node) -> str:
+    """Under which key `Roots` has the model of a load node."""
+    return f"finetune:{node.finetune}" if node.finetune is not None else node.step.name.removeprefix("load_")
+
+
 def build_spec(node: Node, *, config: RunConfig, roots: Roots, parents: dict[str, str], workspace: Path) -> StageSpec:
     """The spec of a stage node. `parents` maps roles to `<stage>/<fingerprint>` of the parents that succeeded."""
     semantics, execution = _BUILDERS[node.step.stage](node, config, roots)

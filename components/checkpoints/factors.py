@@ -57,7 +57,10 @@ class FactorSource:
 
     def spec(self, name: str) -> TensorSpec:
         """As stored."""
-        return self.lora.weights.header.tensors[self._keys[name]].spec
+        key = self._keys.get(name)
+        if key is None:
+            raise CheckpointError(f"{self.adapter_dir}: no factor named {name}")
+        return self.lora.weights.header.tensors[key].spec
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the flattened factor."""

@@ -22,6 +22,8 @@ from components.checkpoints.reference import Checkpoint
 from components.checkpoints.source import TensorSource, blocks, read_whole
 
 _BLOCK = 1 << 20
+_EIGH = 9.0
+"""Operations of all eigenvectors of a symmetric n × n matrix, as a multiple of n³ (Golub & Van Loan, section 8.3)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,33 @@ def best_of_rank(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
     _, vectors = torch.linalg.eigh(wide @ wide.T)  # ascending eigenvalues
     b = vectors[:, -rank:].flip(1)
     return b.float().contiguous(), (b.T @ wide).float()
+
+
+@dataclass(frozen=True)
+class ExportSizes:
+    """What `export_adapter` takes, from headers alone."""
+
+    adapter: int
+    """Bytes of the factors and whole tensors that are written, and held until then."""
+    working: int
+    """Bytes beside them while the largest tensor is factored."""
+    operations: float
+    """In fp64, of all Gram matrices, their eigenvectors and the projections."""
+
+
+def export_sizes(source: LoraSource, rank: int | None) -> ExportSizes:
+    """Of a finetune that came as the adapter `source`, exported with `rank` (None: each tensor's own)."""
+    adapter, working, operations = 0, 0, 0.0
+    for name, pair in source.pairs().items():
+        shape = source.spec(name).shape
+        short, long = min(shape), max(shape)
+        kept = min(pair.rank if rank is None else rank, short)
+        adapter += 4 * kept * (short + long)
+        working = max(working, 6 * 4 * short * long)
+        operations += 2.0 * short * short * long + _EIGH * short**3 + 2.0 * kept * short * long
+    for name in saved_whole(source).values():
+        adapter += source.spec(name).nbytes
+    return ExportSizes(adapter, working, operations)
 
 
 def export_adapter(

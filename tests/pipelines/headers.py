@@ -17,8 +17,10 @@ SHAPES: dict[str, dict[str, int]] = {
            "num_key_value_heads": 32, "vocab_size": 32000},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
             "num_key_value_heads": 8, "vocab_size": 128256},
+    "small": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 256},
 }  # fmt: skip
-"""Llama 2 7B and Llama 3 70B."""
+"""Llama 2 7B, Llama 3 70B, and one that fits any machine."""
 PARAMETERS = {"7b": 6_738_415_616, "70b": 70_553_706_496}
 """As their model cards count them."""
 
@@ -44,13 +46,47 @@ def llama_specs(shape: dict[str, int], dtype: torch.dtype = torch.bfloat16) -> d
 def hollow_llama(directory: Path, shape: dict[str, int]) -> Path:
     """A model directory whose weights are a hole in a file."""
     directory.mkdir(parents=True)
-    raw, header = layout(llama_specs(shape), {"format": "pt"})
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(raw)
-        file.truncate(header.end)
+    _hollow(directory / "model.safetensors", llama_specs(shape))
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False, **shape}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def _hollow(path: Path, specs: dict[str, TensorSpec]) -> None:
+    raw, header = layout(specs, {"format": "pt"})
+    with path.open("wb") as file:
+        file.write(raw)
+        file.truncate(header.end)
+
+
+def hollow_adapter(directory: Path, shape: dict[str, int], rank: int, *modules: str) -> int:
+    """A LoRA adapter of square projections whose factors are a hole in a file. Returns how many elements they have."""
+    directory.mkdir(parents=True)
+    wide, specs = shape["hidden_size"], dict[str, TensorSpec]()
+    for i in range(shape["num_hidden_layers"]):
+        for module in modules:
+            name = f"base_model.model.model.layers.{i}.self_attn.{module}"
+            specs[f"{name}.lora_A.weight"] = TensorSpec(torch.float32, (rank, wide))
+            specs[f"{name}.lora_B.weight"] = TensorSpec(torch.float32, (wide, rank))
+    _hollow(directory / "adapter_model.safetensors", specs)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(modules)}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return sum(spec.numel for spec in specs.values())
+
+
+def hollow_factors(root: Path, size: str, *modules: tuple[str, ...]) -> tuple[Path, int]:
+    """A run config of `track: factors`: a safety LoRA (rank 8) on the query and output projections, and a finetune for each of
+    `modules`, which it adapts. With it the safety LoRA's elements."""
+    path = hollow_config(root, size, mask={"track": "factors"}, aligned="safety", aligned_base="aligned")
+    numel = hollow_adapter(root / "safety", SHAPES[size], 8, "q_proj", "o_proj")
+    for i, adapted in enumerate(modules):
+        hollow_adapter(root / f"lora-{i}", SHAPES[size], 8, *adapted)
+    config = yaml.safe_load(path.read_text())
+    config["finetunes"] = [
+        {"name": f"f{i}", "path": f"lora-{i}", "anchor": "prompts.jsonl"} for i in range(len(modules))
+    ]
+    path.write_text(yaml.safe_dump(config))
+    return path, numel
 
 
 def hollow_config(root: Path, size: str, *, finetunes: int = 1, **sections: Any) -> Path:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from safetensors import safe_open
 
 from components.checkpoints.adapters import LoraSource
 from components.errors import ConfigError
+from components.masks.memory import PROCESS_HOST
 from components.masks.zero import MaskExecution
 from pipelines.config import ExecutionSection, RunConfig, load_config
+from pipelines.graph import STEPS
 from pipelines.inputs import open_models, trainings
 from pipelines.machine import GIB, Cluster, Rates, available_memory, described, measure
 from pipelines.placement import Proposal, cost, need, propose, require_fit, side_by_side
 from pipelines.plan_text import plan_json, plan_lines
-from pipelines.resources import Plan, plan
-from tests.pipelines.headers import PARAMETERS, SHAPES, hollow_config, llama_specs
+from pipelines.resources import _NEEDS, Plan, plan
+from tests.pipelines.headers import PARAMETERS, SHAPES, hollow_config, hollow_factors, hollow_llama, llama_specs
 from tests.pipelines.small import small_config, write_config
 
 RATES = Rates(flops=1e10, bytes=1e10, hashed=1e9, mask_seconds=1e-8)
@@ -103,10 +108,10 @@ def test_the_least_costly_proposal_grows_dearer_as_memory_shrinks(tmp_path: Path
     assert len(set(costs)) > 3
     # With room for all of it, the fewest GPUs and nothing dear; at the end everything that saves memory.
     first, last = ways[0], ways[-1]
-    assert (first.ranks, first.stage, first.offload, first.activation_checkpointing) == (2, 1, "none", False)
+    assert (first.ranks, first.stage, first.offload, first.activation_checkpointing) == (1, 1, "none", False)
     assert last.stage == 3
     assert last.offload != "none"
-    assert proposal(config, NODE.model_copy(update={"gpu_memory": GIB})) is None
+    assert proposal(config, NODE.model_copy(update={"gpu_memory": GIB, "memory": 10 * GIB})) is None
 
 
 def test_seventy_billion_need_more_than_one_node_or_its_host(tmp_path: Path) -> None:
@@ -208,6 +213,111 @@ def test_a_merge_and_an_adapter_are_computed_when_they_are_read(tmp_path: Path) 
     assert isinstance(adapter, LoraSource)
     computed = {w.name for w in found["hi/train_mask"].weights if not w.finetuned.mapped}
     assert computed == set(adapter.adapted()) != set()
+
+
+def test_models_of_adapters_count_the_base_that_they_answer_with(tmp_path: Path) -> None:
+    path, factors = hollow_factors(tmp_path, "7b", ("q_proj", "o_proj"))
+    found = planned(load_config(path))
+    parameters = PARAMETERS["7b"]
+    for name in ("evaluate_aligned", "f0/evaluate_before", "f0/evaluate_soft"):
+        assert stage(found, name).host > PROCESS_HOST + 4 * (parameters + factors)
+        # Reading the weights once for each of at least one answer's tokens.
+        assert stage(found, name).seconds > 4 * parameters / RATES.bytes
+    for name in ("load_aligned", "f0/load"):
+        stored = 2 * parameters + 4 * factors
+        assert stage(found, name).seconds == pytest.approx(stored / RATES.hashed + 2 * stored / RATES.bytes)
+    assert stage(found, "f0/fuse_soft").disk == 4 * factors  # adapters come out
+
+
+def test_a_finetune_that_lacks_tensors_is_told_whatever_it_is_for(tmp_path: Path) -> None:
+    short = {**SHAPES["small"], "num_hidden_layers": 1}
+    finetunes = [{"name": f"f{i}", "path": f"finetune-{i}", "anchor": "prompts.jsonl"} for i in range(2)]
+    for kind in ("lent", "merge"):
+        root = tmp_path / kind
+        merging = {"mode": "merge", "merges": [{"name": "both", "method": "average"}]} if kind == "merge" else {}
+        path = hollow_config(root, "small", finetunes=2, **merging)
+        shutil.rmtree(root / "finetune-1")
+        hollow_llama(root / "finetune-1", short)
+        if kind == "lent":
+            changed = yaml.safe_load(path.read_text())
+            changed["finetunes"] = [{**finetunes[0], "mask_of": "f1"}, finetunes[1]]
+            path.write_text(yaml.safe_dump(changed))
+        found = planned(load_config(path))
+        [problem] = [p for p in found.problems if p.startswith("f1: ")]
+        assert "(9 differences): tensor model.layers.1.input_layernorm.weight is missing" in problem
+        assert found.memory == {}
+        # What needs the mask is not planned either; what it is measured against is.
+        assert {one.id for one in found.stages if one.id.startswith("f0/")} == {
+            "f0/load", "f0/extract_delta", "f0/evaluate_before"
+        }  # fmt: skip
+
+
+def test_messages_say_which_of_a_finetunes_masks_they_mean(tmp_path: Path) -> None:
+    config = loaded(tmp_path, fusion={"controls": ["paper"]})
+    tasks = trainings(config, open_models(config), tokenize=True)
+    assert {node: task.label for node, task in tasks.items()} == {
+        "f0/train_mask": "f0", "f0/train_mask_paper": "the control paper of f0"
+    }  # fmt: skip
+    # It is trained in fp32, as published.
+    less = NODE.model_copy(update={"gpu_memory": 16 * GIB})
+    with pytest.raises(ConfigError, match="mask training of the control paper of f0 does not fit"):
+        require_fit(list(tasks.values()), config.execution, less)
+    assert any(
+        p.startswith("train_mask of the control paper of f0 (and 1 more): ") for p in planned(config, less).problems
+    )
+
+
+def test_gpus_that_are_described_are_proposed(tmp_path: Path) -> None:
+    config = loaded(tmp_path, mask={"ranks": 1})
+    on_cpu = planned(config)
+    assert on_cpu.proposal is not None
+    on_gpus = proposal(loaded(tmp_path / "cuda", mask=CUDA), NODE)
+    assert on_gpus is not None
+    assert on_gpus.execution.device == "cuda"
+    assert on_cpu.proposal.execution == on_gpus.execution
+    assert "device: cuda" in "\n".join(plan_lines(on_cpu, config))
+    alone = proposal(loaded(tmp_path / "alone", mask={"ranks": 1}), NODE.model_copy(update={"gpus": 1}))
+    assert alone is not None
+    assert (alone.execution.device, alone.execution.ranks) == ("cuda", 1)
+    # Where no GPU is large enough the CPUs are.
+    cluster = NODE.model_copy(update={"gpu_memory": GIB})
+    for mask in ({"ranks": 1}, {**CUDA, "stage": 3, "offload": "cpu"}):
+        found = proposal(loaded(tmp_path / str(len(mask)), mask=mask), cluster)
+        assert found is not None
+        chosen = MaskExecution(**found.execution.model_dump())  # which a config may say
+        assert (chosen.device, chosen.ranks, found.need.device) == ("cpu", 1, 0)
+        assert found.need.host <= cluster.memory
+
+
+def test_ranks_on_gpus_are_proposed_with_the_cpus_that_they_need(tmp_path: Path) -> None:
+    config = loaded(tmp_path, mask={"ranks": 1})
+    few = NODE.model_copy(update={"cpus": 2})
+    as_it_is = proposal(config, few)
+    assert as_it_is is not None
+    assert (as_it_is.execution.device, as_it_is.execution.ranks, as_it_is.workers) == ("cuda", 2, None)
+    more = proposal(config, few.model_copy(update={"cpus": 1}))
+    assert more is not None
+    assert more.execution.device == "cuda"
+    assert (more.execution.ranks, more.workers) == (1, None)
+    assert side_by_side(more.execution, few.model_copy(update={"cpus": 1}), threads=1, trainings=1) == 1
+    assert side_by_side(as_it_is.execution, few.model_copy(update={"cpus": 1}), threads=1, trainings=1) == 0
+
+
+def test_an_exported_adapter_is_planned(tmp_path: Path) -> None:
+    """Rank 3 of the family's LoRA finetune, counted from its own file's shapes."""
+    config = load_config(write_config(tmp_path, small_config(tmp_path, finetunes=("hi",))))
+    exported = stage(planned(config), "hi/export_adapter")
+    with safe_open(str(config.finetunes[0].path / "adapter_model.safetensors"), "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    assert min(min(shape) for shape in shapes.values()) >= 3
+    assert exported.disk == 4 * 3 * sum(max(shape) for shape in shapes.values())
+    modules = {name.rsplit(".lora_", 1)[0] for name in shapes}
+    largest = max(shapes[f"{m}.lora_A.weight"][1] * shapes[f"{m}.lora_B.weight"][0] for m in modules)
+    assert exported.host == PROCESS_HOST + exported.disk + 6 * 4 * largest
+
+
+def test_every_stage_of_the_graph_is_estimated() -> None:
+    assert set(_NEEDS) == {step.stage for step in STEPS if step.kind == "stage"}
 
 
 def test_a_refusal_says_what_would_fit(tmp_path: Path) -> None:
