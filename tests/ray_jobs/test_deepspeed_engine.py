@@ -162,11 +162,14 @@ import sys
 import torch
 from pathlib import Path
 from components.checkpoints.loading import empty_causal_lm
+from components.checkpoints.reference import open_checkpoint
+from components.masks.ranks import TorchRanks
 from components.masks.rooms import MemoryRoom
 from components.masks.zero import ZeroSettings
 from ray_jobs.deepspeed_engine import _model
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=0, world_size=1)
-model, _ = _model(Path(sys.argv[1]), ZeroSettings(), torch.bfloat16, "cpu", MemoryRoom())
+source = open_checkpoint(Path(sys.argv[1])).source
+model, _ = _model(Path(sys.argv[1]), ZeroSettings(), TorchRanks(), source, torch.bfloat16, "cpu", MemoryRoom())
 assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 wanted = dict(empty_causal_lm(Path(sys.argv[1]), dtype=torch.bfloat16).named_buffers())
 assert wanted and all(b.dtype == torch.float32 and torch.equal(b, wanted[n]) for n, b in model.named_buffers())
