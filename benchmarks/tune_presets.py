@@ -23,7 +23,8 @@ from typing import Any
 
 from components.testbed.family import build_from
 from components.testbed.settings import family_settings
-from pipelines.config import FinetuneConfig, RunConfig, load_config
+from pipelines.config import RunConfig, load_config
+from pipelines.sections import FinetuneConfig
 
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "realign": {"learning_rate": [0.1, 0.2, 0.4], "steps": [80, 160, 240]},

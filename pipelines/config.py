@@ -8,17 +8,27 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import ValidationError, model_validator
 
 from components.errors import ConfigError
-from components.evaluation.settings import EvaluationSettings, SetSettings
-from components.fusion.merge_settings import MergeSettings
+from components.evaluation.settings import SetSettings
 from components.masks.data import PreferenceData
-from components.masks.presets import resolve
-from components.masks.settings import MaskSettings
-from components.masks.zero import MaskExecution
+from pipelines.sections import (
+    AdapterSection,
+    CheckpointDirectory,
+    EvaluationSection,
+    ExecutionSection,
+    FinetuneConfig,
+    FusionSection,
+    MaskSection,
+    MergeConfig,
+    Name,
+    Section,
+    TrackingSection,
+    is_adapter,
+)
 from pipelines.yaml_lines import LocatedYaml, Location
 
 NOT_BUILT = {
@@ -28,189 +38,6 @@ NOT_BUILT = {
     "sweep": "sweeps",
 }
 """Sections that the design has and this version does not: refused, never ignored."""
-
-
-def _absolute(path: Path, info: ValidationInfo) -> Path:
-    base: Path = (info.context or {}).get("base", Path())
-    return base / path.expanduser()
-
-
-def _existing_directory(path: Path, info: ValidationInfo) -> Path:
-    path = _absolute(path, info)
-    if not path.is_dir():
-        raise ValueError(f"no directory {path}; give the path of a checkpoint directory, relative to the config file")
-    return path
-
-
-def _existing_file(path: Path, info: ValidationInfo) -> Path:
-    path = _absolute(path, info)
-    if not path.is_file():
-        raise ValueError(f"no file {path}; give a path relative to the config file")
-    return path
-
-
-CheckpointDirectory = Annotated[Path, AfterValidator(_existing_directory)]
-DataFile = Annotated[Path, AfterValidator(_existing_file)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-Control = Literal["paper", "interpolation", "resta", "random_mask"]
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a directory holds a LoRA adapter, not a model."""
-    return (path / "adapter_config.json").is_file()
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class FinetuneConfig(Section):
-    """One finetune of the aligned model."""
-
-    name: Name
-    path: CheckpointDirectory
-    """A full checkpoint, or a PEFT LoRA adapter directory."""
-    base_equal: bool = False
-    """Declare that the base which an adapter names is the aligned model under another name."""
-    anchor: DataFile | None = None
-    """Unlabelled prompts (JSONL, chat `messages`) of what the finetune is used for; the mask is held to its answers there."""
-    mask_of: Name | None = None
-    """Another finetune of this run whose mask is used here too: nothing is trained for this one (the paper's transfer)."""
-    sets: tuple[str, ...] = ()
-    """Names of the task sets that measure this finetune's skill."""
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether a LoRA adapter lies there."""
-        return is_adapter(self.path)
-
-
-class MergeConfig(MergeSettings):
-    """One merge of several finetunes, realigned as one model."""
-
-    name: Name
-    of: tuple[Name, ...] = ()
-    """Names of the finetunes; all of them where none is named."""
-
-
-def _existing_data(data: PreferenceData, info: ValidationInfo) -> PreferenceData:
-    files = {name: getattr(data, name) for name in ("file", "prompts")}
-    found = {name: _existing_file(path, info) for name, path in files.items() if path is not None}
-    return data.model_copy(update=found)
-
-
-Preferences = Annotated[PreferenceData, AfterValidator(_existing_data)]
-
-
-class MaskSection(Section):
-    """Which data the mask is trained on, and how."""
-
-    preset: Literal["realign", "paper"] = "realign"
-    track: Literal["weights", "factors"] = "weights"
-    """What is masked. weights: every tensor of the model. factors: A and B of LoRA adapters, each by itself; `aligned` is then
-    the safety LoRA over `aligned_base`, the finetunes are LoRAs that continued it, and adapters come out."""
-    preferences: Preferences
-    """Preference pairs: a file of them (JSONL, JSON, CSV, parquet), `{hub: owner/name, revision: commit, split: train}`, or
-    `{prompts: file}`, from which the models make pairs. `components/masks/shapes.py` has the columns that are understood."""
-    preferences_dev: Preferences | None = None
-    """Held-out pairs in any of these ways, measured and never trained on."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of the preset, e.g. `{steps: 300}`."""
-
-    @model_validator(mode="after")
-    def _known_settings(self) -> MaskSection:
-        try:
-            settings = resolve(self.preset, self.settings)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-        made = any(data is not None and data.prompts for data in (self.preferences, self.preferences_dev))
-        if made and settings.pair_new_tokens >= settings.max_length:
-            raise ValueError(
-                f"settings.pair_new_tokens ({settings.pair_new_tokens}) leaves no prompt any room in settings.max_length "
-                f"({settings.max_length})"
-            )
-        return self
-
-    @property
-    def resolved(self) -> MaskSettings:
-        return resolve(self.preset, self.settings)
-
-
-class AdapterSection(Section):
-    """The realigned model of a finetune that came as a LoRA adapter leaves as one, too: the selected form's delta by
-    truncated SVD, measured by itself."""
-
-    rank: int | None = Field(default=None, ge=1)
-    """Its rank; null: that of the finetune's adapter, tensor by tensor."""
-
-
-class FusionSection(Section):
-    """What is fused beside the realigned model, and which form is taken."""
-
-    controls: tuple[Control, ...] = ()
-    """Other ways to realign, made and measured the same way: `paper` (the published mask), `interpolation`, `resta` (needs
-    `unaligned`), `random_mask` (as dense as the learned one, per tensor)."""
-    select: Literal["auto", "soft", "binary"] = "auto"
-    """The form that is registered. auto: the better one on the dev sets."""
-    max_asr: float = Field(default=0.05, ge=0, le=1)
-    """Attack success rate on dev that `auto` and the controls' scale search hold to, if any candidate does."""
-    candidates: tuple[Annotated[float, Field(ge=0)], ...] = Field(
-        default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1
-    )
-    """Scales that interpolation (α) and RESTA (γ) are tried with on the dev sets."""
-    adapter: AdapterSection | None = None
-    """Write an adapter beside the full models, of every finetune that came as one."""
-
-
-def _existing_set(chosen: SetSettings, info: ValidationInfo) -> SetSettings:
-    return chosen.model_copy(update={"path": _existing_file(chosen.path, info)})
-
-
-class EvaluationSection(EvaluationSettings):
-    """EvaluationSettings, with files that exist and a set that looks at safety."""
-
-    sets: tuple[Annotated[SetSettings, AfterValidator(_existing_set)], ...]
-
-    @model_validator(mode="after")
-    def _complete(self) -> EvaluationSection:
-        names = [(s.split, s.name) for s in self.sets]
-        twice = sorted({f"{split} {name}" for split, name in names if names.count((split, name)) > 1})
-        if twice:
-            raise ValueError(f"sets with the same split and name: {', '.join(twice)}; rename one")
-        if not any(s.split == "test" and s.kind == "harmful" and s.counts for s in self.sets):
-            raise ValueError(
-                "no test set of kind harmful that counts (headline, name not ending in _hard): nobody looks at safety"
-            )
-        return self
-
-
-class TrackingSection(Section):
-    """MLflow."""
-
-    uri: str | None = None
-    """Tracking server; by default an sqlite file in the workspace."""
-    experiment: str | None = None
-    """By default the run's name."""
-    register_models: bool = Field(default=True, alias="register")
-    """Register every realigned finetune as a model version."""
-
-
-def _placed(execution: MaskExecution, info: ValidationInfo) -> MaskExecution:
-    given = execution.offload_dir
-    return execution.model_copy(update={"offload_dir": given and _absolute(given, info)})
-
-
-class ExecutionSection(Section):
-    """How, not what: changes no result beyond floating-point order."""
-
-    threads: int = Field(default=1, ge=1)
-    """CPU threads of each stage. Equal bytes are promised for an equal number."""
-    workers: int | None = Field(default=None, ge=1)
-    """CPUs that stages share; by default all of this machine."""
-    batch_size: int = Field(default=256, ge=1)
-    """Prompts generated together."""
-    mask: Annotated[MaskExecution, AfterValidator(_placed)] = MaskExecution()
-    """The processes that train a mask together, and what of it each of them keeps."""
 
 
 class RunConfig(Section):

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from components.errors import ConfigError
-from pipelines.config import ExecutionSection
+from pipelines.sections import ExecutionSection
 
 GIB = 2**30
 BYTES_PER_FLOP = 1 / 150

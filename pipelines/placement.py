@@ -12,8 +12,8 @@ from components.errors import ConfigError
 from components.masks.memory import Lengths, RankMemory, Weight, rank_memory, training_disk
 from components.masks.settings import MaskSettings
 from components.masks.zero import MaskExecution, Offload
-from pipelines.config import ExecutionSection
 from pipelines.machine import GIB, Cluster
+from pipelines.sections import ExecutionSection
 
 MARGIN = 1.5
 """A run is refused when the estimate is more than this times what there is: activations are estimated for one kind of layer."""

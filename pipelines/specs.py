@@ -10,9 +10,10 @@ from components.evaluation.settings import SetSettings
 from components.fusion.settings import FusionSettings
 from components.masks.data import PreferenceData
 from components.masks.presets import resolve
-from pipelines.config import FinetuneConfig, RunConfig
+from pipelines.config import RunConfig
 from pipelines.graph import Node
 from pipelines.roots import ALIGNED, UNALIGNED, Roots
+from pipelines.sections import FinetuneConfig
 from ray_jobs.stage import StageSpec
 
 Parts = tuple[dict[str, Any], dict[str, Any]]

@@ -17,13 +17,14 @@ from components.checkpoints.adapters import LoraSource
 from components.errors import ConfigError
 from components.masks.memory import PROCESS_HOST
 from components.masks.zero import MaskExecution
-from pipelines.config import ExecutionSection, RunConfig, load_config
+from pipelines.config import RunConfig, load_config
 from pipelines.graph import STEPS
 from pipelines.inputs import open_models, trainings
 from pipelines.machine import GIB, Cluster, Rates, available_memory, described, measure
 from pipelines.placement import Proposal, cost, need, propose, require_fit, side_by_side
 from pipelines.plan_text import plan_json, plan_lines
 from pipelines.resources import _NEEDS, Plan, plan
+from pipelines.sections import ExecutionSection
 from tests.pipelines.headers import PARAMETERS, SHAPES, hollow_config, hollow_factors, hollow_llama, llama_specs
 from tests.pipelines.small import small_config, write_config
 
