@@ -53,24 +53,12 @@ def write_artifact(
     `shapes`: every masked tensor. `shards`: (name, start, stop, logits) slices that together cover each tensor's logits (one
     for each element, row or tensor: `settings.granularity`) once, in any order. `unmasked`: tensors (name -> elements) that
     keep the finetune's weights. `statistics`: more figures per tensor, `extra`: of the whole mask. What is counted is what is
-    stored: logits are rounded to bf16 first. Raises
-    OSError when the disk is too small."""
+    stored: logits are rounded to bf16 first. Raises OSError when the disk is too small."""
     directory.mkdir(parents=True, exist_ok=True)
     bits = settings.storage == "bits"
-    unit = {name: max(1, settings.unit(shape)) for name, shape in sorted(shapes.items())}
+    unit = {name: settings.unit(shape) for name, shape in sorted(shapes.items())}
     logits_of = {name: _numel(shapes[name]) // unit[name] for name in unit}
-    sizes = {name: (count + 7) // 8 if bits else 2 * count for name, count in logits_of.items()}
-    header: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "storage": settings.storage, "settings": settings.fingerprint()}
-    }
-    offsets, at = {}, 0
-    for name, size in sizes.items():
-        offsets[name] = at
-        shape = [size] if bits else list(shapes[name]) if unit[name] == 1 else [logits_of[name]]
-        header[name] = {"dtype": "U8" if bits else "BF16", "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text, offsets, at = _header(shapes, logits_of, settings)
     path = directory / TENSORS_FILE
     with path.open("wb") as file:
         reserve(file, 0, 8 + len(text) + at)
@@ -110,6 +98,25 @@ def write_artifact(
         "tensors": tensors,
     }
     (directory / STATISTICS_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def _header(
+    shapes: Mapping[str, tuple[int, ...]], logits_of: Mapping[str, int], settings: MaskSettings
+) -> tuple[bytes, dict[str, int], int]:
+    """The header of a safetensors file, each tensor's offset in the data behind it, and the data's size."""
+    bits = settings.storage == "bits"
+    header: dict[str, Any] = {
+        "__metadata__": {"format": FORMAT, "storage": settings.storage, "settings": settings.fingerprint()}
+    }
+    offsets, at = {}, 0
+    for name, count in logits_of.items():
+        size = (count + 7) // 8 if bits else 2 * count
+        shape = [size] if bits else list(shapes[name]) if count == _numel(shapes[name]) else [count]
+        header[name] = {"dtype": "U8" if bits else "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        offsets[name] = at
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), offsets, at
 
 
 def _numel(shape: Iterable[int]) -> int:
@@ -155,7 +162,7 @@ class MaskArtifact:
         self.settings = MaskSettings.model_validate(metadata["settings"])
         self._offsets = offsets
         self._numel = {name: _numel(t["shape"]) for name, t in metadata["tensors"].items()}
-        self._unit = {name: max(1, self.settings.unit(t["shape"])) for name, t in metadata["tensors"].items()}
+        self._unit = {name: self.settings.unit(t["shape"]) for name, t in metadata["tensors"].items()}
         self._unmasked: dict[str, int] = metadata["unmasked"]
         self._data = np.memmap(path / TENSORS_FILE, dtype=np.uint8, mode="r") if offsets else np.zeros(0, np.uint8)
 

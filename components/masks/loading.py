@@ -115,7 +115,7 @@ def build_masked_model(
         tuned = finetuned_elements(finetune, other, here, room)
         parameters[name].requires_grad_(name in masked)
         if name in masked:
-            unit = None if settings.granularity == "element" else max(1, settings.unit(here.shape))
+            unit = None if settings.granularity == "element" else settings.unit(here.shape)
             size = here.stop - here.start if unit is None else torch.Size(here.shape).numel() // unit
             logits = room.zeros(size, logits_dtype).fill_(settings.init_logit)
             drop(logits)

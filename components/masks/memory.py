@@ -135,7 +135,7 @@ def weights_of(aligned: TensorSource, finetune: TensorSource, settings: MaskSett
     found = []
     for name in names:
         spec = aligned.spec(name)
-        units = None if settings.granularity == "element" else spec.numel // max(1, settings.unit(spec.shape))
+        units = None if settings.granularity == "element" else spec.numel // settings.unit(spec.shape)
         stored = (_stored(aligned, name), _stored(finetune, aliases.get(name, name)))
         found.append(Weight(name, spec.numel, name in masked, *stored, units))
     return found

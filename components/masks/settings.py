@@ -119,10 +119,10 @@ class MaskSettings(BaseModel):
         return self
 
     def unit(self, shape: Sequence[int]) -> int:
-        """Elements that share a logit, in a tensor of this shape."""
+        """Elements that share a logit, in a tensor of this shape; 1 where it has no elements."""
         if self.granularity == "tensor":
-            return math.prod(shape)
-        return shape[-1] if self.granularity == "row" and len(shape) > 1 else 1
+            return max(1, math.prod(shape))
+        return max(1, shape[-1]) if self.granularity == "row" and len(shape) > 1 else 1
 
     def rate(self, step: int) -> float:
         """The learning rate at `step` (0-based)."""
