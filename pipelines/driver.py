@@ -48,10 +48,6 @@ class NodeState:
         return self.status in ("done", "kept", "failed", "skipped")
 
     @property
-    def ok(self) -> bool:
-        return self.status in ("done", "kept")
-
-    @property
     def complaint(self) -> str:
         """Which step failed and why, in a line. Empty for one that did not fail."""
         return f"{self.node.step.name}: {self.error['message']}" if self.error else ""
