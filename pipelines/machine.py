@@ -138,7 +138,8 @@ def measure(gpu_flops: float | None = None) -> Rates:
 
     import torch
 
-    from components.masks.concrete import BLOCK, concrete_sample, interpolate_into, logistic_noise
+    from components.masks.concrete import concrete_sample, interpolate_into, logistic_noise
+    from components.masks.slices import PIECE
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -149,11 +150,11 @@ def measure(gpu_flops: float | None = None) -> Rates:
         stream = _best(lambda: wide.copy_(other))
         raw = bytes(1 << 22)
         hashed = _best(lambda: hashlib.sha256(raw))
-        logits, place = torch.zeros(2 * BLOCK), torch.zeros(2 * BLOCK)
+        logits, place = torch.zeros(PIECE), torch.zeros(PIECE)
 
         def mask() -> None:
             """Once forward; the gradient and Adam take about twice that again."""
-            noise = logistic_noise(seed=0, step=0, segments=[("w", 0, 2 * BLOCK)])
+            noise = logistic_noise(seed=0, step=0, segments=[("w", 0, PIECE)])
             interpolate_into(place, logits, place, concrete_sample(logits, noise, 1.0))
 
         masked = _best(mask)
@@ -163,7 +164,7 @@ def measure(gpu_flops: float | None = None) -> Rates:
         flops=2 * 512**3 / matmul,
         bytes=2 * wide.nbytes / stream,
         hashed=len(raw) / hashed,
-        mask_seconds=3 * masked / (2 * BLOCK),
+        mask_seconds=3 * masked / PIECE,
         gpu_flops=gpu_flops,
     )
 

@@ -164,9 +164,9 @@ def interpolate_into(out: torch.Tensor, aligned: torch.Tensor, finetuned: torch.
         out.copy_(torch.lerp(aligned, finetuned, c))
 
 
-def sample_slope(sample: torch.Tensor) -> torch.Tensor:
-    """s (1 − s), written as s − s² so that one pass does it."""
-    return torch.addcmul(sample, sample, sample, value=-1.0)
+def sample_slope(sample: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """s (1 − s), written as s − s² so that one pass does it; into `out` if given."""
+    return torch.addcmul(sample, sample, sample, value=-1.0, out=out)
 
 
 def logit_gradient(
@@ -176,9 +176,9 @@ def logit_gradient(
     [Σ G h]/(N M²) (0 unless the rescaling's gradient is wanted). Overwrites `pull` and gives it back."""
     if mean <= 0:
         return pull.zero_()
-    if mean != 1.0:
-        pull.mul_(1.0 / mean)
+    factor = scale / temperature
     if mean_pull:
-        pull.sub_(mean_pull)
-    pull.mul_(slope)
-    return pull.mul_(_scalar_like(scale / temperature, pull))
+        torch.add(_scalar_like(-factor * mean_pull, pull), pull, alpha=factor / mean, out=pull)
+    else:
+        pull.mul_(_scalar_like(factor / mean, pull))
+    return pull.mul_(slope)

@@ -232,14 +232,14 @@ class TorchEngine:
         self._updates += 1
         correct_1 = 1 - s.adam_beta1**self._updates
         correct_2 = 1 - s.adam_beta2**self._updates
-        rate = learning_rate / correct_1
+        # √(v/c₂) + ε = (√v + ε √c₂) / √c₂, and the last factor goes into the rate: one pass less.
+        rate, epsilon = learning_rate * math.sqrt(correct_2) / correct_1, s.adam_epsilon * math.sqrt(correct_2)
         for pack, (first, second), gradient in zip(self.masked.packs, self._moments, gradients, strict=True):
             for low, high in pack.logit_pieces(first, second, gradient):
                 g, m, v = gradient[low:high], first[low:high], second[low:high]
                 m.lerp_(g, 1 - s.adam_beta1)
                 v.mul_(s.adam_beta2).addcmul_(g, g, value=1 - s.adam_beta2)
-                scale = v.sqrt().mul_(1 / math.sqrt(correct_2)).add_(s.adam_epsilon)
-                pack.logits[low:high].addcdiv_(m, scale, value=-rate)
+                pack.logits[low:high].addcdiv_(m, v.sqrt().add_(epsilon), value=-rate)
 
 
 @contextmanager

@@ -156,11 +156,11 @@ class MaskedModel:
         return found
 
     def norm(self, gradients: Sequence[torch.Tensor]) -> float:
-        """‖∂L/∂ℓ‖₂ over the whole mask; by pieces, for a whole tensor's squares are three times its memory."""
+        """‖∂L/∂ℓ‖₂ over the whole mask. Here as elsewhere pieces are summed in their own type, their sums in fp64."""
         total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
         for p, gradient in zip(self.packs, gradients, strict=True):
             for low, high in p.logit_pieces(gradient):
-                total += gradient[low:high].square().sum(dtype=torch.float64)
+                total += torch.dot(gradient[low:high], gradient[low:high])
         return float((total if self.shared else self.all_sum(total)).sqrt())
 
     @torch.no_grad()
@@ -223,7 +223,7 @@ class MaskedModel:
                 h = p.weights[low:high] if rescaled and _scratch(p, p.logits) else mask(p, low, high)
                 if rescaled:
                     parts = [coefficient(h[a:b], scale=scale, mean=mean[i]) for i, a, b in p.split(low, high)]
-                    c = torch.cat(parts)
+                    c = parts[0] if len(parts) == 1 else torch.cat(parts)
                 else:
                     c = coefficient(h, scale=scale, mean=1.0)
                 interpolate_into(p.weights[low:high], *p.pair(low, high), c)
@@ -236,7 +236,7 @@ class MaskedModel:
             for low, high in p.pieces():
                 h = mask(p, low, high)
                 for i, begin, end in p.split(low, high):
-                    sums[i] += h[begin:end].sum(dtype=torch.float64)
+                    sums[i] += h[begin:end].sum()
                 if _scratch(p, p.logits):
                     p.weights[low:high].copy_(h)
         return self.all_sum(sums) / self._numels()
@@ -251,13 +251,13 @@ class MaskedModel:
             return [0.0] * len(self.slices)
         for p, slope in zip(self.packs, slopes, strict=True):
             for low, high in p.pieces(slope):
-                sample, pull = self._sample(p, low, high, step, temperature), _pull(p, slope, low, high)
-                product = pull * self._harden(sample)
+                sample, kept = self._sample(p, low, high, step, temperature), _scratch(p, slope)
+                pull = _pull(p, slope, low, high, out=slope[low:high] if kept else None)
+                h = self._harden(sample)
                 for i, begin, end in p.split(low, high):
-                    sums[i] += product[begin:end].sum(dtype=torch.float64)
-                if _scratch(p, slope):
-                    slope[low:high].copy_(pull)
-                    p.weights[low:high].copy_(sample_slope(sample))
+                    sums[i] += torch.dot(pull[begin:end], h[begin:end])
+                if kept:
+                    sample_slope(sample, out=p.weights[low:high])
         found = self.all_sum(sums) / (self._numels() * means.square())
         return [value if mean > 0 else 0.0 for value, mean in zip(found.tolist(), means.tolist(), strict=True)]
 
@@ -270,10 +270,11 @@ def _scratch(p: Pack, slope: torch.Tensor) -> bool:
     return p.weights.dtype == p.logits.dtype == slope.dtype and p.weights.device == p.logits.device
 
 
-def _pull(p: Pack, slope: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """G = (∂L/∂w) δ, a tensor of its own."""
+def _pull(p: Pack, slope: torch.Tensor, low: int, high: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """G = (∂L/∂w) δ, a tensor of its own unless it goes to `out`."""
     aligned, finetuned = p.pair(low, high)
-    return (finetuned - aligned).mul_(slope[low:high])
+    delta = finetuned - aligned
+    return torch.mul(delta, slope[low:high], out=delta if out is None else out)
 
 
 def _expected(p: Pack, low: int, high: int, weights: Literal["soft", "binary"]) -> torch.Tensor:
