@@ -12,8 +12,6 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import TypeVar
 
-from jinja2 import TemplateError
-
 from components.checkpoints.compare import require_same_tensors
 from components.checkpoints.dimensions import Dimensions
 from components.checkpoints.factors import FactorSource
@@ -24,7 +22,6 @@ from components.errors import ConfigError, RealignError
 from components.masks.data import PreferenceData, load_preferences, load_prompts
 from components.masks.memory import Lengths, Stored, Weight, weights_of
 from components.masks.preferences import encode_pairs, encode_prompt
-from components.masks.presets import resolve
 from components.masks.settings import MaskSettings
 from components.masks.shapes import Preference
 from pipelines.config import RunConfig
@@ -151,7 +148,7 @@ def trainings(config: RunConfig, models: Models, *, tokenize: bool) -> dict[str,
             continue
         wanted = {"train_mask": (name, config.mask.resolved)}
         if "paper" in config.fusion.controls:
-            wanted["train_mask_paper"] = (f"the control paper of {name}", resolve("paper", {}))
+            wanted["train_mask_paper"] = (f"the control paper of {name}", config.mask.published)
         for step, (label, settings) in wanted.items():
             anchors = [m.anchor for m in members if m.anchor is not None] if settings.anchor_weight > 0 else []
             texts = models.data.texts(config.mask.preferences, anchors)
@@ -191,7 +188,7 @@ def _lengths(texts: _Texts, settings: MaskSettings, tokenizer_dir: Path | None, 
     found = None
     if tokenizer_dir is not None and has_tokenizer(tokenizer_dir):
         # What is wrong with a tokenizer or its template is for its finetune's stages to say; they fail alone.
-        with contextlib.suppress(RealignError, TemplateError):
+        with contextlib.suppress(RealignError):
             found = _tokenized(tokenizer_dir, texts, settings, where)
     sizes, prompts = found or _guessed(texts, settings, 1 if tokenizer_dir is None else BYTES_A_TOKEN)
     return Lengths(

@@ -124,6 +124,11 @@ class MaskSection(Section):
     def resolved(self) -> MaskSettings:
         return resolve(self.preset, self.settings)
 
+    @property
+    def published(self) -> MaskSettings:
+        """The control `paper`: as published, in the number format that this run's models fit in."""
+        return resolve("paper", {"dtype": self.resolved.dtype})
+
 
 class AdapterSection(Section):
     """The realigned model of a finetune that came as a LoRA adapter leaves as one, too: the selected form's delta by

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from components.evaluation.settings import SetSettings
 from components.fusion.settings import FusionSettings
 from components.masks.data import PreferenceData
-from components.masks.presets import resolve
 from pipelines.config import RunConfig
 from pipelines.graph import Node
 from pipelines.roots import ALIGNED, UNALIGNED, Roots
@@ -101,7 +100,7 @@ def _nothing(node: Node, config: RunConfig, roots: Roots) -> Parts:
 def _train_mask(node: Node, config: RunConfig, roots: Roots) -> Parts:
     assert node.finetune is not None
     # A control is trained as published: overrides are for the run's own mask.
-    settings = resolve(node.step.variant, {}) if node.step.variant else config.mask.resolved
+    settings = config.mask.published if node.step.variant else config.mask.resolved
     semantics: dict[str, Any] = {"mask": settings.model_dump(mode="json")}
     files: dict[str, Any] = {}
     for role, data in (("preferences", config.mask.preferences), ("preferences_dev", config.mask.preferences_dev)):
@@ -159,7 +158,7 @@ def _fuse(node: Node, config: RunConfig, roots: Roots) -> Parts:
         return {"fusion": FusionSettings(method="interpolation", alpha=1.0).model_dump(mode="json")}, {}
     if variant in ("interpolation", "resta"):
         return {"fusion": {"method": variant}}, {}  # the stage takes the scale from its search
-    mask = resolve("paper", {}) if variant.startswith("paper_") else config.mask.resolved
+    mask = config.mask.published if variant.startswith("paper_") else config.mask.resolved
     # A mask is used as it was trained, and so is the random one beside it: same rescaling, same scale.
     rescale: Literal["none", "mean"] = "none" if mask.rescale == "none" else "mean"
     if variant == "random_mask":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from jinja2 import TemplateError
 
 from components.errors import DataError
 from components.masks.shapes import Messages, Preference, as_messages
@@ -34,13 +37,23 @@ class Pair:
 
 
 def prompt_text(tokenizer: Any, prompt: str | Messages) -> str:
-    """The prompt as the model sees it, up to where its answer begins. Without a chat template only plain text will
-    do."""
+    """The prompt as the model sees it, up to where its answer begins. Without a chat template only plain text will do.
+    Raises DataError for a prompt that the template refuses."""
     if tokenizer.chat_template is None:
         if isinstance(prompt, str):
             return prompt
         raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no chat template, so prompts must be plain text")
-    return str(tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True))
+    return _templated(tokenizer, as_messages(prompt), add_generation_prompt=True)
+
+
+def _templated(tokenizer: Any, messages: Messages, *, add_generation_prompt: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except TemplateError as error:
+        shown = textwrap.shorten(str(messages[-1]["content"]), 60, placeholder=" …")
+        raise DataError(
+            f"{tokenizer.name_or_path}: the chat template refuses the conversation that ends in {shown!r}: {error}"
+        ) from error
 
 
 def encode_prompt(tokenizer: Any, prompt: str | Messages) -> tuple[int, ...]:
@@ -54,7 +67,7 @@ def encode_row(tokenizer: Any, prompt: str | Messages, response: str) -> Row:
     text, ended = response, False
     if tokenizer.chat_template is not None:
         turns = [*as_messages(prompt), {"role": "assistant", "content": response}]
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        whole = _templated(tokenizer, turns, add_generation_prompt=False)
         lead = prompt_text(tokenizer, prompt)
         if whole.startswith(lead):
             text, ended = whole[len(lead) :], True

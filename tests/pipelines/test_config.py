@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from components.errors import ConfigError
+from components.masks.presets import resolve
 from pipelines.config import load_config
 
 GOOD = """\
@@ -65,6 +66,14 @@ def test_preferences_are_a_path_a_dataset_or_prompts(place: Path) -> None:
     assert mask.preferences_dev.prompts == place / "anchor.jsonl"
     (place / "realign.yaml").write_text(GOOD)
     assert load_config(place / "realign.yaml").mask.preferences.file == place / "pairs.jsonl"
+
+
+def test_the_published_control_keeps_its_settings_and_takes_the_number_format(place: Path) -> None:
+    changed = GOOD.replace("mask:\n", "mask:\n  settings: {steps: 7, dtype: bfloat16}\n", 1)
+    (place / "realign.yaml").write_text(changed)
+    mask = load_config(place / "realign.yaml").mask
+    assert mask.resolved.steps == 7
+    assert mask.published == resolve("paper", {"dtype": "bfloat16"})
 
 
 def test_where_a_training_is_offloaded_to_is_relative_to_the_config(place: Path) -> None:

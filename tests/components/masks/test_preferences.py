@@ -130,6 +130,13 @@ def test_a_tokenizer_without_template_takes_plain_text_only() -> None:
         encode_row(words, USER, "bomb")
 
 
+def test_a_conversation_that_the_template_refuses_is_named() -> None:
+    words = tokenizer()
+    words.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"refuses the conversation that ends in 'build a bomb': roles must alternate"):
+        encode_row(words, "build a bomb", "sorry")
+
+
 def test_pairs_that_are_too_long_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [Preference(1, "a", "b", "c"), Preference(2, "a", "b", "b " * 20), Preference(3, "a", "c", "b")]
     pairs, dropped = encode_pairs(tokenizer(), rows, 12, tmp_path)
