@@ -86,10 +86,11 @@ class FusedSource:
             return torch.empty(0, dtype=self.spec(name).dtype)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def blocks(self, name: str, size: int = BLOCK) -> Iterator[FusedBlock]:
-        """The whole tensor in slices of at most `size` elements."""
-        for start, stop in blocks(self.spec(name).numel, size):
-            yield self.block(name, start, stop)
+    def blocks(self, name: str, size: int = BLOCK, start: int = 0, stop: int | None = None) -> Iterator[FusedBlock]:
+        """Elements [start, stop) of a tensor (all of them) in slices of at most `size`."""
+        stop = self.spec(name).numel if stop is None else stop
+        for low, high in blocks(stop - start, size):
+            yield self.block(name, start + low, start + high)
 
     def block(self, name: str, start: int, stop: int) -> FusedBlock:
         """One slice. Raises CheckpointError naming the first weight that is not finite, and whose it is."""
