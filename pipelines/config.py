@@ -14,6 +14,7 @@ from pydantic import ValidationError, model_validator
 
 from components.errors import ConfigError
 from components.evaluation.settings import SetSettings
+from components.fusion.merge_settings import merge_problems
 from components.masks.data import PreferenceData
 from pipelines.sections import (
     AdapterSection,
@@ -139,6 +140,8 @@ class RunConfig(Section):
                 )
             elif len(members) < 2:
                 problems.append(f"merge {merge.name} is of fewer than two finetunes")
+            else:
+                problems += [f"merge {merge.name}: {p}" for p in merge_problems(merge, members)]
         return problems
 
     def _track_problems(self) -> list[str]:
