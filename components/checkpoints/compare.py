@@ -149,9 +149,9 @@ def relative_distance(aligned: TensorSource, other: TensorSource, *, sample: int
     return math.sqrt(apart / size) if size else 0.0
 
 
-def require_near(aligned: Checkpoint, other: Checkpoint) -> None:
+def require_near(aligned: Checkpoint, other: Checkpoint, *, sample: int = _SAMPLE) -> None:
     """Raise CheckpointError when `other` was made from another base of the same shape: their difference is no task vector."""
-    distance = relative_distance(aligned.source, other.source)
+    distance = relative_distance(aligned.source, other.source, sample=sample)
     if distance > _FAR:
         raise CheckpointError(
             f"{other.path} differs from {aligned.path} by {distance:.2f} times the weights' own size, as models do that were "

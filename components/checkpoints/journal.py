@@ -52,6 +52,13 @@ class Journal:
         except OSError as error:
             raise StorageError(f"{self._path}: cannot be written ({error.strerror or error})") from error
 
+    def restart(self) -> None:
+        """Take nothing as written."""
+        self.done = {}
+        self._file.seek(0)
+        self._file.truncate()
+        self._line(self._first)
+
     def __enter__(self) -> Journal:
         return self
 

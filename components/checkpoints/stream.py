@@ -45,6 +45,11 @@ class Written:
     """Bytes read and written by this writer, a second, / 1e9."""
 
 
+def part_size() -> int:
+    """Elements of a part: a journal is of use to a writer that cuts alike."""
+    return PART
+
+
 def stream(
     out_dir: Path,
     specs: Mapping[str, TensorSpec],

@@ -189,7 +189,7 @@ class CheckpointWriter:
         for file_name, names in self._plan.items():
             raw, header = layout({n: self._specs[n] for n in names}, _METADATA)
             path = self.out_dir / file_name
-            fd = os.open(path, os.O_CREAT | os.O_WRONLY | (0 if resume else os.O_EXCL), 0o644)
+            fd = os.open(path, os.O_WRONLY | (0 if resume else os.O_CREAT | os.O_EXCL), 0o644)
             shard = _Shard(path=path, header=header, fd=fd)
             self._shards.append(shard)
             self._of.update(dict.fromkeys(names, shard))

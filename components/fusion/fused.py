@@ -3,7 +3,9 @@ in memory are then the same thing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ import torch
 from components.checkpoints.compare import compare_tensors, unravel
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, ConfigError, listed
+from components.fusion.merging import MergedSource, same_bits
 from components.fusion.methods import Block, Kernel, Mask, TensorInputs, method_named
 from components.fusion.settings import FusionSettings
 
@@ -42,6 +45,7 @@ class FusedSource:
         settings: the method and its numbers.
         mask: for `masked` (and for the density of `random_mask`).
         unaligned: for `resta`.
+        stored: sources whose widest dtype is the output's (default: aligned and finetune), tensor by tensor.
 
     Raises ConfigError when the method lacks an input, CheckpointError listing all tensors that do not fit.
     """
@@ -54,7 +58,9 @@ class FusedSource:
         settings: FusionSettings,
         mask: Mask | None = None,
         unaligned: TensorSource | None = None,
+        stored: Sequence[TensorSource] = (),
     ) -> None:
+        self.stored = stored
         self.aligned, self.finetune, self.unaligned = aligned, finetune, unaligned
         self.settings = settings
         self.mask = mask
@@ -74,6 +80,8 @@ class FusedSource:
         """The wider of the two dtypes, or the one that the settings ask for (tensors of integers keep theirs)."""
         a, f = self.aligned.spec(name), self.finetune.spec(name)
         dtype = torch.promote_types(a.dtype, f.dtype)
+        if self.stored and dtype.is_floating_point:
+            dtype = functools.reduce(torch.promote_types, (one.spec(name).dtype for one in self.stored))
         if self.settings.output_dtype is not None and dtype.is_floating_point:
             dtype = getattr(torch, self.settings.output_dtype)
         return TensorSpec(dtype=dtype, shape=a.shape)
@@ -92,6 +100,14 @@ class FusedSource:
         for low, high in blocks(stop - start, size):
             yield self.block(name, start + low, start + high)
 
+    def unchanged(self, name: str, start: int, stop: int) -> bool:
+        """Whether the finetune is the aligned model there, bit for bit, so that fusing them gives just that."""
+        if not self.method.keeps_equal or self.spec(name).dtype != self.aligned.spec(name).dtype:
+            return False
+        if isinstance(self.finetune, MergedSource):
+            return self.finetune.unchanged(name, start, stop)
+        return same_bits(self.aligned, self.finetune, name, start, stop)
+
     def block(self, name: str, start: int, stop: int) -> FusedBlock:
         """One slice. Raises CheckpointError naming the first weight that is not finite, and whose it is."""
         name = self.aliases().get(name, name)
@@ -109,13 +125,20 @@ class FusedSource:
             if not torch.equal(a, f):
                 raise CheckpointError(f"{name} holds integers that differ between the two models; they cannot be fused")
             return FusedBlock(start, stop, a.to(spec.dtype), a, f)
-        values = self._kernel(name, spec)(Block(start, stop, a, f)).to(spec.dtype)
-        if not bool(torch.isfinite(values.sum(dtype=torch.float32))):
-            self._refuse_not_finite(name, start, {"finetune": f, "aligned": a, "fused": values})
+        fused = self._kernel(name, spec)(Block(start, stop, a, f))
+        values = fused.to(spec.dtype)
+        # bf16 reaches as far as fp32, whose sum is twice as fast.
+        looked_at = values if spec.dtype == torch.float16 else fused
+        if not math.isfinite(float(looked_at.sum(dtype=torch.float32))):
+            members = self.finetune.members() if isinstance(self.finetune, MergedSource) else {}
+            inputs = {one: source.read(name, start, stop) for one, source in members.items()} or {"finetune": f}
+            self._refuse_not_finite(name, start, {**inputs, "aligned": a, "fused": values})
         return FusedBlock(start, stop, values, a, f)
 
     def _kernel(self, name: str, spec: TensorSpec) -> Kernel:
         if name not in self._kernels:
+            if self.method.whole_tensors:
+                self._kernels.clear()  # they hold matrices
             inputs = TensorInputs(name, spec.numel, spec.dtype, self.mask, self.unaligned)
             self._kernels[name] = self.method.prepare(inputs, self.settings)
         return self._kernels[name]

@@ -24,104 +24,28 @@ Where mergekit (0.1.5, and its repository since) computes otherwise:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from components.checkpoints.compare import compare_tensors
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, ConfigError, listed
+from components.fusion.merge_functions import BLOCK, Angle, angle_between, dropped, slerp, ties, weighted_sum
 from components.fusion.merge_settings import MergeSettings, factor_for, merge_problems
 from components.fusion.thresholds import kth_largest_magnitude
-from components.mapped import drop
-from components.masks.concrete import mask_uniforms
+from components.mapped import QUICK, drop, return_freed_memory
+from components.workers import spread
 
-BLOCK = 131_072
-"""Elements of each finetune worked on at once."""
-
-_COLINEAR = 0.9995
-"""The cosine from which on an arc is taken for a line (mergekit's)."""
+_PEEK = 1024
+_TASTE, _SAMPLE = 256, 1 << 16
+"""Elements that are read in one place, and in all, to find where a threshold must lie."""
 
 Thresholds = Mapping[str, Mapping[str, float]]
 """finetune -> tensor -> the smallest magnitude that TIES keeps."""
-
-
-def weighted_sum(deltas: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Σ w_t τ_t: task arithmetic, https://arxiv.org/abs/2212.04089; with w_t = 1/T weight averaging."""
-    total = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        # In two steps: add_(alpha=…) may or may not fuse them, by where in a vector an element stands.
-        total.add_(delta * weight)
-    return total
-
-
-def ties(
-    deltas: Sequence[torch.Tensor], weights: Sequence[float], thresholds: Sequence[float], *, mean: bool
-) -> torch.Tensor:
-    """Trim what is smaller than its threshold, elect each element's sign by the sum, join those that agree:
-    TIES, https://arxiv.org/abs/2306.01708. The mean is over the weights of those that agree."""
-    kept = [d * (d.abs() >= t) * w for d, w, t in zip(deltas, weights, thresholds, strict=True)]
-    elected = weighted_sum(kept, [1.0] * len(kept)).sign()  # one after the other: a stack's sum may add in any order
-    total, share = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])
-    for one, weight in zip(kept, weights, strict=True):
-        agrees = (one.sign() == elected) & (one != 0)
-        total.add_(one * agrees)
-        share.add_(agrees * abs(weight))
-    return total / share.clamp_min(1e-12) if mean else total
-
-
-def dropped(delta: torch.Tensor, *, keep: float, seed: int, name: str, start: int) -> torch.Tensor:
-    """Each element kept with probability `keep` and divided by it: DARE, https://arxiv.org/abs/2311.03099. Which ones is a
-    function of (seed, name, position), to 2⁻¹⁶ of the probability."""
-    uniforms = mask_uniforms(seed=seed, step=0, segments=[(f"dare/{name}", start, start + delta.numel())])
-    return delta * (uniforms < keep) / keep
-
-
-@dataclass(frozen=True)
-class Angle:
-    """What spherical interpolation needs of two whole tensors, taken in fp64."""
-
-    dot: float
-    first: float
-    """Norm of the first."""
-    second: float
-    """Norm of the second."""
-
-    @property
-    def cosine(self) -> float | None:
-        """None where one of them is zero (or not finite) and there is no angle."""
-        size = self.first * self.second
-        return min(1.0, max(-1.0, self.dot / size)) if 0 < size < math.inf else None
-
-
-def angle_between(first: TensorSource, second: TensorSource, name: str) -> Angle:
-    """Reads one tensor of both, block by block. The same number whatever the machine's threads."""
-    dot = first_square = second_square = 0.0
-    for start, stop in blocks(first.spec(name).numel, BLOCK):
-        # numpy's sums are made by one thread, in an order that the length alone decides.
-        a, b = (source.read(name, start, stop).double().numpy() for source in (first, second))
-        dot += float(np.sum(a * b))
-        first_square += float(np.sum(a * a))
-        second_square += float(np.sum(b * b))
-    return Angle(dot, math.sqrt(first_square), math.sqrt(second_square))
-
-
-def slerp(first: torch.Tensor, second: torch.Tensor, *, t: float, angle: Angle) -> torch.Tensor:
-    """sin((1−t)Ω)/sin Ω · x + sin(tΩ)/sin Ω · y with Ω the angle between the whole tensors, norms left as they are: Shoemake
-    1985, https://dl.acm.org/doi/10.1145/325165.325242. Straight from x to y where they are nearly colinear (|cos Ω| > 0.9995,
-    as finetunes of one model mostly are) or one is zero. Exactly x at t = 0 and y at t = 1; slices in fp32."""
-    if t in (0, 1):
-        return second if t else first
-    cosine = angle.cosine
-    if cosine is None or abs(cosine) > _COLINEAR:
-        step = second - first
-        return first + step * t if t < 0.5 else second - step * (1 - t)
-    omega = math.acos(cosine)
-    # In two steps, as in weighted_sum.
-    return first * (math.sin((1 - t) * omega) / math.sin(omega)) + second * (math.sin(t * omega) / math.sin(omega))
 
 
 @dataclass(frozen=True)
@@ -177,15 +101,25 @@ class MergedSource:
         spec = self._aligned.spec(name)
         return TensorSpec(torch.float32, spec.shape) if spec.dtype.is_floating_point else spec
 
+    def members(self) -> Mapping[str, TensorSource]:
+        """The finetunes."""
+        return self._finetunes
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, flattened."""
         name = self.aliases().get(name, name)
         spec = self.spec(name)
         stop = spec.numel if stop is None else stop
+        if 0 < stop - start <= BLOCK:
+            return self._block(name, start, stop)
         out = torch.empty(stop - start, dtype=spec.dtype)
         for low, high in blocks(stop - start, BLOCK):
             out[low:high] = self._block(name, start + low, start + high)
         return out
+
+    def unchanged(self, name: str, start: int, stop: int) -> bool:
+        """Whether no finetune differs from the aligned model there, bit for bit."""
+        return all(same_bits(self._aligned, one, name, start, stop) for one in self._finetunes.values())
 
     def _block(self, name: str, start: int, stop: int) -> torch.Tensor:
         stored = self._aligned.read(name, start, stop)
@@ -200,9 +134,12 @@ class MergedSource:
         deltas = []
         for source in self._finetunes.values():
             finetuned = source.read(name, start, stop)
-            deltas.append(finetuned.float() - aligned)
+            deltas.append(_difference(finetuned, aligned))
             drop(finetuned)
-        return aligned + self._numbers(name).scale * self._merge(name, start, deltas)
+        merged, scale = self._merge(name, start, deltas), self._numbers(name).scale
+        if scale != 1:
+            merged.mul_(scale)
+        return merged.add_(aligned)
 
     def _merge(self, name: str, start: int, deltas: list[torch.Tensor]) -> torch.Tensor:
         settings, names = self._settings, list(self._finetunes)
@@ -242,27 +179,64 @@ class MergedSource:
         return self._factors[name]
 
 
+def same_bits(one: TensorSource, other: TensorSource, name: str, start: int, stop: int) -> bool:
+    """Whether two sources hold the same there, in the same dtype. A few elements tell mostly that they do not."""
+    if one.spec(name).dtype != other.spec(name).dtype:
+        return False
+    for low, high in (*blocks(min(stop - start, _PEEK), _PEEK), *blocks(stop - start, BLOCK)):
+        a, b = (source.read(name, start + low, start + high) for source in (one, other))
+        # Bytes, because a NaN is no number's equal and zeros have signs; numpy's, which stop being slow at eight at a time.
+        if not np.array_equal(_words(a), _words(b)):
+            return False
+    return True
+
+
+def _words(values: torch.Tensor) -> npt.NDArray[np.generic]:
+    raw: npt.NDArray[np.generic] = values.view(torch.uint8).numpy()
+    return raw.view(np.uint64) if raw.size % 8 == 0 and raw.ctypes.data % 8 == 0 else raw
+
+
+def _difference(finetuned: torch.Tensor, aligned: torch.Tensor) -> torch.Tensor:
+    """τ in memory of its own; `aligned` is fp32."""
+    return finetuned - aligned if finetuned.dtype == torch.float32 else finetuned.float().sub_(aligned)
+
+
 def find_thresholds(
-    aligned: TensorSource, finetunes: Mapping[str, TensorSource], settings: MergeSettings
+    aligned: TensorSource, finetunes: Mapping[str, TensorSource], settings: MergeSettings, *, processes: int = 1
 ) -> dict[str, dict[str, float]]:
     """For TIES, the smallest magnitude of each finetune's τ that is kept, per tensor (all the same where the whole model is
-    looked at). Reads every model twice, block by block."""
+    looked at). Reads every model once, block by block; three times where a sample misled."""
     names = [name for name in aligned.names() if aligned.spec(name).dtype.is_floating_point]
     groups = [[name] for name in names] if settings.threshold == "tensor" else [names]
+    wanted = [(one, group) for one in finetunes for group in groups if any(aligned.spec(n).numel for n in group)]
+
+    def limit(item: tuple[str, list[str]]) -> float:
+        one, group = item
+        return_freed_memory(QUICK)
+        return _kept_from(aligned, finetunes[one], group, settings.kept)
+
+    # The largest first: no process is left with one of them when all others are done.
+    wanted.sort(key=lambda item: -sum(aligned.spec(name).numel for name in item[1]))
     found: dict[str, dict[str, float]] = {one: {} for one in finetunes}
-    for one, source in finetunes.items():
-        for group in groups:
-            numel = sum(aligned.spec(name).numel for name in group)
-            if numel:
-                limit = _kept_from(aligned, source, group, max(1, round(settings.kept * numel)))
-                found[one] |= dict.fromkeys(group, limit)
-    return found
+    for (one, group), value in spread(limit, wanted, processes=processes):
+        found[one] |= dict.fromkeys(group, value)
+    return {one: dict(sorted(limits.items())) for one, limits in found.items()}
 
 
-def _kept_from(aligned: TensorSource, finetune: TensorSource, names: Sequence[str], k: int) -> float:
+def _kept_from(aligned: TensorSource, finetune: TensorSource, names: Sequence[str], share: float) -> float:
+    def delta(name: str, start: int, stop: int) -> torch.Tensor:
+        return _difference(finetune.read(name, start, stop), aligned.read(name, start, stop).float())
+
     def deltas() -> Iterator[torch.Tensor]:
         for name in names:
             for start, stop in blocks(aligned.spec(name).numel, BLOCK):
-                yield finetune.read(name, start, stop).float() - aligned.read(name, start, stop).float()
+                yield delta(name, start, stop)
 
-    return kth_largest_magnitude(deltas, k)
+    sizes = {name: aligned.spec(name).numel for name in names}
+    numel = sum(sizes.values())
+    step = max(_TASTE, _TASTE * numel // _SAMPLE)
+    tastes = [
+        delta(name, start, min(start + _TASTE, size)) for name, size in sizes.items() for start in range(0, size, step)
+    ]
+    k = max(1, round(share * numel))
+    return kth_largest_magnitude(deltas, k, numel=numel, sample=torch.cat(tastes))

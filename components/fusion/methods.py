@@ -97,6 +97,10 @@ class Method:
     prepare: Callable[[TensorInputs, FusionSettings], Kernel]
     needs_mask: bool = False
     needs_unaligned: bool = False
+    keeps_equal: bool = True
+    """Equal tensors stay as they are."""
+    whole_tensors: bool = False
+    """`prepare` looks at all of a tensor: worth doing once."""
 
 
 def blend(aligned: torch.Tensor, finetune: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -223,7 +227,7 @@ METHODS: Mapping[str, Method] = {
     for m in (
         Method("masked", "https://arxiv.org/abs/2405.09055", _prepare_masked, needs_mask=True),
         Method("interpolation", "https://arxiv.org/abs/2109.01903", _prepare_interpolation),
-        Method("resta", "https://arxiv.org/abs/2402.11746", _prepare_resta, needs_unaligned=True),
+        Method("resta", "https://arxiv.org/abs/2402.11746", _prepare_resta, needs_unaligned=True, keeps_equal=False),
         Method("random_mask", "https://arxiv.org/abs/2405.09055", _prepare_random),
     )
 }

@@ -1,9 +1,9 @@
 """The k-th largest magnitude of a tensor (or of many) that nobody holds whole: exact, in one pass over its blocks or in three.
 
 A sample tells between which two values it must lie; one pass then counts what is above and collects what is between. Where the
-sample misled, or too much lies between (few distinct values), it is counted bit by bit: a non-negative fp32 number and its bits,
-read as an integer, are ordered alike, so the upper 16 bits of the wanted magnitude are found by counting, and its lower 16 bits by
-counting again among those that share them.
+sample misled, or too much lies between, it is counted bit by bit: a non-negative fp32 number and its bits, read as an integer,
+are ordered alike, so the upper 16 bits of the wanted magnitude are found by counting, and its lower 16 bits by counting again
+among those that share them.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 
 from components.errors import ConfigError
 from components.fusion.fused import FusedSource
+from components.fusion.merge_functions import Angle, angle_between, dropped, slerp
 from components.fusion.merge_settings import MERGE_PAPERS, MergeSettings, merge_problems
-from components.fusion.merging import Angle, MergedSource, angle_between, dropped, find_thresholds, slerp
+from components.fusion.merging import MergedSource, find_thresholds
 from components.fusion.settings import FusionSettings
 from components.records import canonical_json
 from tests.components.checkpoints.tiny import LogitMask, MemorySource

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from components.errors import CheckpointError
+from components.fusion.merge_functions import BLOCK, dropped, ties, weighted_sum
 from components.fusion.merge_settings import MergeSettings
-from components.fusion.merging import BLOCK, MergedSource, dropped, find_thresholds, ties, weighted_sum
+from components.fusion.merging import MergedSource, find_thresholds
 from components.fusion.thresholds import kth_largest_magnitude
 from tests.components.checkpoints.tiny import MemorySource
 
@@ -93,12 +94,12 @@ def test_ties_over_the_whole_model_has_one_threshold() -> None:
 
 def test_dare_drops_its_share_and_keeps_the_mean() -> None:
     ones = torch.ones(200_000)
-    found = dropped(ones, keep=0.8, seed=1, name="zh/w", start=0)
+    found = dropped(ones.clone(), keep=0.8, seed=1, name="zh/w", start=0)
     assert sorted(set(found.tolist())) == [0.0, 1.25]
     assert float((found > 0).float().mean()) == pytest.approx(0.8, abs=0.005)
-    assert torch.equal(found[777:9001], dropped(ones[777:9001], keep=0.8, seed=1, name="zh/w", start=777))
+    assert torch.equal(found[777:9001], dropped(ones[777:9001].clone(), keep=0.8, seed=1, name="zh/w", start=777))
     for other in ({"seed": 2}, {"name": "code/w"}):
-        again = dropped(ones, **{"keep": 0.8, "seed": 1, "name": "zh/w", "start": 0, **other})  # type: ignore[arg-type]
+        again = dropped(ones.clone(), **{"keep": 0.8, "seed": 1, "name": "zh/w", "start": 0, **other})  # type: ignore[arg-type]
         assert float((again == found).float().mean()) == pytest.approx(0.8**2 + 0.2**2, abs=0.01)
 
 
@@ -167,8 +168,8 @@ def test_the_kth_largest_magnitude_is_exact(values: list[float], data: st.DataOb
 
 def test_equal_task_vectors_survive_every_merge_that_averages() -> None:
     delta = torch.tensor([0.5, -0.25, 0.125])
-    assert torch.equal(weighted_sum([delta, delta], [0.5, 0.5]), delta)
-    assert torch.equal(ties([delta, delta, -delta], [1.0] * 3, [0.0] * 3, mean=True), delta)
+    assert torch.equal(weighted_sum([delta.clone(), delta.clone()], [0.5, 0.5]), delta)
+    assert torch.equal(ties([delta.clone(), delta.clone(), -delta], [1.0] * 3, [0.0] * 3, mean=True), delta)
 
 
 def test_what_does_not_fit_is_refused() -> None:
