@@ -59,7 +59,7 @@ class _Reader:
         if base is None and self.data.get("merge_method") == "linear" and known:
             base = known[0][0]
             self.notes.append(f"linear has no base: the differences are taken from {base}, its first model")
-        own: dict[str, list[Mapping[str, Located]]] = {"": shared}
+        own: dict[str, list[dict[str, Located]]] = {"": shared}
         finetunes: dict[str, ModelReference] = {}
         for one, entry, where in known:
             name = "" if one == base else _name(one, finetunes)
@@ -232,7 +232,8 @@ class _Reader:
 
     def _vocabulary(self, base: ModelReference | None) -> Vocabulary:
         key = "tokenizer" if "tokenizer" in self.data else "tokenizer_source"
-        value, where = self.data.get(key), (key,)
+        value = self.data.get(key)
+        where: Location = (key,)
         if key == "tokenizer" and isinstance(value, dict):
             for extra in value:
                 if extra != "source" and value[extra]:
