@@ -102,8 +102,8 @@ class Recipe:
     def settings(self, names: Sequence[str]) -> dict[str, Any]:
         """Arguments for MergeSettings, with numbers by pattern where they are not the same for every tensor.
 
-        `names` are the merged model's tensors: gradients need to know the layers, conditions the names. `density` is a mapping
-        finetune -> number where finetunes or tensors differ. Raises ConfigError listing all that cannot be carried over.
+        `names` are the merged model's tensors: gradients need to know the layers, conditions the names. Densities of
+        1 are said, too: left out they would be this package's own. Raises ConfigError listing all that cannot be carried over.
         """
         return _Settings(self, names).build()
 
@@ -222,7 +222,8 @@ class _Settings:
             return {}
         each = {one: patterned(of) for one, of in densities.items() if of}
         numbers = {of if isinstance(of, float) else None for of in each.values()}
-        return {"density": numbers.pop() if len(numbers) == 1 and None not in numbers else each}
+        one_for_all = len(numbers) == 1 and None not in numbers
+        return {"density": numbers.pop()} if one_for_all else {"densities": each}
 
     def _factor(self) -> dict[str, Any]:
         """λ, as `scale` where it is one number, else by pattern."""

@@ -210,9 +210,8 @@ class MergedSource:
             return weighted_sum(deltas, [1 / len(deltas)] * len(deltas))
         weights = self._numbers(name).weights
         if settings.method in ("dare", "dare_ties"):
-            keep, seed = settings.kept, settings.seed
             deltas = [
-                dropped(delta, keep=keep, seed=seed, name=f"{one}/{name}", start=start)
+                dropped(delta, keep=settings.kept_of(one, name), seed=settings.seed, name=f"{one}/{name}", start=start)
                 for one, delta in zip(names, deltas, strict=True)
             ]
         if settings.method in ("ties", "dare_ties"):
@@ -254,7 +253,9 @@ def find_thresholds(
         for group in groups:
             numel = sum(aligned.spec(name).numel for name in group)
             if numel:
-                limit = _kept_from(aligned, source, group, max(1, round(settings.kept * numel)))
+                # One density for a group: by pattern there are only tensors by themselves.
+                k = max(1, round(settings.kept_of(one, group[0]) * numel))
+                limit = _kept_from(aligned, source, group, k)
                 found[one] |= dict.fromkeys(group, limit)
     return found
 

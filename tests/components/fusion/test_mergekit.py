@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.errors import ConfigError
+from components.fusion.merge_settings import MergeSettings, merge_problems
 from components.fusion.mergekit import read_recipe
 from components.fusion.mergekit_parameters import first_match, parse_setting, patterned, positions, resolve
 from components.fusion.mergekit_recipe import ModelReference
@@ -28,6 +29,13 @@ NAMES = [
 def recipe(path: Path, text: str) -> Any:
     (path / "config.yml").write_text(text)
     return read_recipe(path / "config.yml")
+
+
+def carried(found: Any) -> dict[str, Any]:
+    """The settings of a recipe, which the merge itself takes."""
+    settings: dict[str, Any] = found.settings(NAMES)
+    assert merge_problems(MergeSettings(**settings), list(found.finetunes), NAMES) == []
+    return settings
 
 
 def refusal(path: Path, text: str, names: list[str] | None = None) -> list[str]:
@@ -76,12 +84,12 @@ def test_a_ties_merge_with_gradients_and_filters(tmp_path: Path) -> None:
     assert (found.output_dtype, found.vocabulary) == ("float16", "error")
     assert any("int8_mask" in note for note in found.notes)
     assert any("fp32" in note for note in found.notes)
-    merge = found.settings(NAMES)
+    merge = carried(found)
     assert (merge["method"], merge["aggregate"], merge["scale"]) == ("ties", "mean", 1.0)
     assert merge["weights"]["mini-13b"] == 1.0
-    assert merge["density"]["13b"] == 0.5
+    assert merge["densities"]["13b"] == 0.5
     # Five layers: the middle one stands in the middle of the list, outside the layers the first number holds.
-    densities = merge["density"]["mini-13b"]
+    densities = merge["densities"]["mini-13b"]
     assert [value(densities, f"model.layers.{i}.norm.weight") for i in range(5)] == pytest.approx(
         [1, 0.85, 0.7, 0.4, 0.1]
     )
@@ -117,7 +125,7 @@ def test_a_slerp_of_one_whole_slice(tmp_path: Path) -> None:
     found = recipe(tmp_path, SLERP)
     assert str(found.aligned) == "a/first"
     assert list(found.finetunes) == ["second"]
-    merge = found.settings(NAMES)
+    merge = carried(found)
     assert merge.keys() == {"method", "t"}
     assert [value(merge["t"], f"model.layers.{i}.self_attn.q_proj.weight") for i in range(5)] == [0, 0.5, 0.3, 0.7, 1]
     assert [value(merge["t"], f"model.layers.{i}.mlp.up_proj.weight") for i in range(5)] == [1, 0.5, 0.7, 0.3, 0]
@@ -137,18 +145,18 @@ parameters: {normalize: true, lambda: 0.7}
 dtype: float32
 out_dtype: torch.bfloat16
 """
-    merge = recipe(tmp_path, text).settings(NAMES)
+    merge = carried(recipe(tmp_path, text))
     assert merge["scale"] == 0.7
     for i, other in enumerate((0.5, 1.0, 1.5, 2.0, 2.5)):
         name = f"model.layers.{i}.norm.weight"
         assert value(merge["weights"]["one"], name) == pytest.approx(1.5 / (1.5 + other))
         assert value(merge["weights"]["two"], name) == pytest.approx(other / (1.5 + other))
     assert recipe(tmp_path, text).output_dtype == "bfloat16"
-    plain = recipe(tmp_path, text.replace("normalize: true, ", "")).settings(NAMES)
+    plain = carried(recipe(tmp_path, text.replace("normalize: true, ", "")))
     assert plain["weights"]["one"] == 1.5
     opposite = "merge_method: task_arithmetic\nbase_model: b\nparameters: {normalize: true}\nmodels:\n"
     opposite += "".join(f"  - {{model: m{w}, parameters: {{weight: {w}}}}}\n" for w in (1, -1))
-    assert recipe(tmp_path, opposite).settings(NAMES)["weights"] == {"m1": 1.0, "m-1": -1.0}  # a sum of 0 is left alone
+    assert carried(recipe(tmp_path, opposite))["weights"] == {"m1": 1.0, "m-1": -1.0}  # a sum of 0 is left alone
 
 
 def test_linear_is_the_mean_of_all_its_models(tmp_path: Path) -> None:
@@ -157,11 +165,11 @@ def test_linear_is_the_mean_of_all_its_models(tmp_path: Path) -> None:
     )
     found = recipe(tmp_path, text)
     assert str(found.aligned) == "m1"
-    assert found.settings(NAMES)["method"] == "task_arithmetic"
-    assert found.settings(NAMES)["weights"] == {"m2": 0.25, "m5": 0.625}
+    assert carried(found)["method"] == "task_arithmetic"
+    assert carried(found)["weights"] == {"m2": 0.25, "m5": 0.625}
     # A base that is not in the list is merged too, with the weight that is for all.
     outside = recipe(tmp_path, text + "base_model: b\nparameters: {weight: 2}\n")
-    assert outside.settings(NAMES)["weights"] == {"m1": 0.1, "m2": 0.2, "m5": 0.5}
+    assert carried(outside)["weights"] == {"m1": 0.1, "m2": 0.2, "m5": 0.5}
     missing = refusal(tmp_path, text + "base_model: b\n")
     assert len(missing) == 1
     assert missing[0].startswith(
@@ -181,7 +189,7 @@ parameters: {{weight: 0.5, density: 0.6, rescale: {rescale}}}
 tokenizer: {{source: union}}
 """
     found = recipe(tmp_path, text)
-    assert found.settings(NAMES) == {
+    assert carried(found) == {
         "method": "dare", "scale": 1.0, "density": 0.6, "weights": {"one": weight, "one-2": weight},
     }  # fmt: skip
     assert found.finetunes["one-2"] == ModelReference("base", "lora/one")
@@ -191,7 +199,7 @@ tokenizer: {{source: union}}
 def test_dare_ties_sums_as_mergekit_does(tmp_path: Path) -> None:
     text = "merge_method: dare_ties\nbase_model: b\nmodels: [{model: one}, {model: two}]\n"
     found = recipe(tmp_path, text + "parameters: {weight: 1e-1, lambda: [0.5, 1]}\ntokenizer_source: base\n")
-    merge = found.settings(NAMES)
+    merge = carried(found)
     assert (merge["method"], merge["aggregate"], merge["density"]) == ("dare_ties", "sum", 1.0)
     assert merge["weights"] == {"one": 0.1, "two": 0.1}
     assert "scale" not in merge
