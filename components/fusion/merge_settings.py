@@ -26,9 +26,9 @@ MERGE_PAPERS: Mapping[MergeMethod, tuple[str, ...]] = {
 _OWN_FIELDS: dict[str, frozenset[str]] = {
     "average": frozenset({"scale", "layers"}),
     "task_arithmetic": frozenset({"scale", "layers", "weights"}),
-    "ties": frozenset({"scale", "layers", "weights", "density", "threshold", "aggregate"}),
-    "dare": frozenset({"scale", "layers", "weights", "density", "seed"}),
-    "dare_ties": frozenset({"scale", "layers", "weights", "density", "seed", "aggregate"}),
+    "ties": frozenset({"scale", "layers", "weights", "density", "densities", "threshold", "aggregate"}),
+    "dare": frozenset({"scale", "layers", "weights", "density", "densities", "seed"}),
+    "dare_ties": frozenset({"scale", "layers", "weights", "density", "densities", "seed", "aggregate"}),
     "slerp": frozenset({"t"}),
 }
 _DENSITY: dict[str, float] = {"ties": 0.2, "dare": 0.8, "dare_ties": 0.8}
@@ -71,6 +71,9 @@ class MergeSettings(BaseModel):
     density: float | None = Field(None, gt=0, le=1)
     """Share of each task vector that stays: with ties the largest (default 0.2), with dare and dare_ties random ones (default
     0.8)."""
+    densities: dict[str, Factor] = Field(default_factory=dict)
+    """finetune -> its own density, one number or a number by pattern; `density` where none is given and where no pattern
+    matches."""
     threshold: Literal["tensor", "model"] = "tensor"
     """ties: what is largest is found in each tensor by itself, or over the whole model."""
     aggregate: Literal["mean", "sum"] = "mean"
@@ -96,23 +99,42 @@ class MergeSettings(BaseModel):
                 raise ValueError("method slerp needs t, the place between the first model (0) and the second (1)")
             if any(not 0 <= place <= 1 for place in places):
                 raise ValueError("t is outside 0 … 1")
-        empty = [one for one, factor in self.weights.items() if factor == ()]
-        if empty:
-            raise ValueError(f"weights of {', '.join(empty)}: no pattern is given")
+        for field, factors in (("weights", self.weights), ("densities", self.densities)):
+            empty = [one for one, factor in factors.items() if factor == ()]
+            if empty:
+                raise ValueError(f"{field} of {', '.join(empty)}: no pattern is given")
+        self._check_densities()
         return self
+
+    def _check_densities(self) -> None:
+        for one, factor in self.densities.items():
+            shares = [factor] if isinstance(factor, int | float) else [share for _, share in factor]
+            if any(not 0 < share <= 1 for share in shares):
+                raise ValueError(f"densities of {one}: a share is above 0 and at most 1")
+            if isinstance(factor, tuple) and self.threshold == "model":
+                raise ValueError(f"densities of {one}: a threshold over the whole model has one density; give a number")
 
     @property
     def kept(self) -> float:
         """The density that counts: 1 where the method leaves nothing out."""
         return self.density if self.density is not None else _DENSITY.get(self.method, 1.0)
 
+    def kept_of(self, finetune: str, name: str) -> float:
+        """The density that counts for one finetune's tensor."""
+        found = factor_for(self.densities.get(finetune, self.kept), name)
+        return self.kept if found is None else found
+
 
 def merge_problems(
     settings: MergeSettings, finetunes: Sequence[str], tensors: Sequence[str] | None = None
 ) -> list[str]:
     """Everything in the settings that does not fit the finetunes and, where they are known, the names of the tensors: weights
-    of an unknown finetune, patterns that match nothing, tensors that slerp has no place for, a third model for slerp."""
-    problems = [f"weights names {one!r}, which is not there" for one in settings.weights if one not in finetunes]
+    or densities of an unknown finetune, patterns that match nothing, tensors that slerp has no place for, a third model for
+    slerp."""
+    own = {"weights": settings.weights, "densities": settings.densities}
+    problems = [
+        f"{field} names {one!r}, which is not there" for field, of in own.items() for one in of if one not in finetunes
+    ]
     if settings.method == "slerp" and not 1 <= len(finetunes) <= 2:
         problems.append(
             f"slerp is between two models: two finetunes, or the aligned model and one finetune; given are {len(finetunes)}"
@@ -120,7 +142,7 @@ def merge_problems(
     if tensors is None:
         return problems
     fields: list[tuple[str, Factor | None]] = [("layers", settings.layers), ("t", settings.t)]
-    fields += [(f"weights of {one}", factor) for one, factor in settings.weights.items()]
+    fields += [(f"{field} of {one}", factor) for field, of in own.items() for one, factor in of.items()]
     for field, factor in fields:
         if isinstance(factor, tuple):
             idle = [pattern for pattern, _ in factor if not any(fnmatch.fnmatchcase(n, pattern) for n in tensors)]

@@ -147,9 +147,8 @@ class MergedSource:
             return weighted_sum(deltas, [1 / len(deltas)] * len(deltas))
         weights = self._numbers(name).weights
         if settings.method in ("dare", "dare_ties"):
-            keep, seed = settings.kept, settings.seed
             deltas = [
-                dropped(delta, keep=keep, seed=seed, name=f"{one}/{name}", start=start)
+                dropped(delta, keep=settings.kept_of(one, name), seed=settings.seed, name=f"{one}/{name}", start=start)
                 for one, delta in zip(names, deltas, strict=True)
             ]
         if settings.method in ("ties", "dare_ties"):
@@ -213,7 +212,8 @@ def find_thresholds(
     def limit(item: tuple[str, list[str]]) -> float:
         one, group = item
         return_freed_memory(QUICK)
-        return _kept_from(aligned, finetunes[one], group, settings.kept)
+        # One density for a group: by pattern there are only tensors by themselves.
+        return _kept_from(aligned, finetunes[one], group, settings.kept_of(one, group[0]))
 
     # The largest first: no process is left with one of them when all others are done.
     wanted.sort(key=lambda item: -sum(aligned.spec(name).numel for name in item[1]))

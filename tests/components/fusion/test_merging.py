@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+<<<<<<< HEAD
 from components.errors import CheckpointError
 from components.fusion.merge_functions import BLOCK, dropped, ties, weighted_sum
+=======
+from components.errors import CheckpointError, ConfigError
+>>>>>>> mergekit
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.merging import MergedSource, find_thresholds
 from components.fusion.thresholds import kth_largest_magnitude
@@ -90,6 +95,44 @@ def test_ties_over_the_whole_model_has_one_threshold() -> None:
         everything = np.concatenate([np.abs(deltas_of(aligned, finetunes, n)[i]) for n in aligned.names()])
         want = np.sort(everything)[-round(0.25 * everything.size)]
         assert found[one]["big"] == found[one]["small"] == pytest.approx(want, rel=1e-6)
+
+
+def test_each_finetune_and_tensor_may_have_a_density_of_its_own() -> None:
+    aligned, finetunes = family()
+    own: dict[str, Any] = {"densities": {"zh": 0.9, "code": {"sm*": 0.5, "*": 0.1}}, "density": 0.3}
+    shares = {"big": (0.9, 0.1, 0.3), "small": (0.9, 0.5, 0.3)}
+    found = find_thresholds(aligned, finetunes, MergeSettings(method="ties", **own))
+    for name, of in shares.items():
+        for row, one, share in zip(deltas_of(aligned, finetunes, name), NAMES, of, strict=True):
+            want = np.sort(np.abs(row))[-max(1, round(share * row.size))]
+            assert found[one][name] == pytest.approx(want, rel=1e-6)
+    base, merge = aligned.tensors["big"].reshape(-1), MergeSettings(method="dare", seed=4, **own)
+    got = merged(merge, aligned, finetunes).read("big")
+    drops = [
+        dropped(finetunes[one].tensors["big"].reshape(-1) - base, keep=share, seed=4, name=f"{one}/big", start=0)
+        for one, share in zip(NAMES, shares["big"], strict=True)
+    ]
+    torch.testing.assert_close(got, base + drops[0] + drops[1] + drops[2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ({"densities": {"zh": {}}}, "no pattern is given"),
+        ({"densities": {"zh": 0}}, "above 0 and at most 1"),
+        ({"densities": {"zh": {"*": 1.5}}}, "above 0 and at most 1"),
+        ({"densities": {"zh": {"*": 0.5}}, "threshold": "model"}, "whole model has one density"),
+    ],
+)
+def test_densities_that_mean_nothing_are_refused(own: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        MergeSettings(method="ties", **own)
+    aligned, finetunes = family()
+    unknown = MergeSettings(method="dare", densities={"zh": {"attention": 0.5}, "hi": 0.5})
+    with pytest.raises(
+        ConfigError, match=r"densities names 'hi'.*densities of zh: pattern 'attention' matches no tensor"
+    ):
+        MergedSource(aligned, finetunes, unknown)
 
 
 def test_dare_drops_its_share_and_keeps_the_mean() -> None:
