@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from components.checkpoints.adapters import ADAPTER_CONFIG, LoraSource
+from components.checkpoints.adapter_parsing import ADAPTER_CONFIG
+from components.checkpoints.adapters import LoraSource
 from components.checkpoints.factors import FactorSource
 from components.checkpoints.identity import weights_digest
 from components.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsSource, read_json

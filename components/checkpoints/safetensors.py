@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from components.checkpoints.headers import Header, Placed, read_header
+from components.checkpoints.quantised import quantised_config, quantised_tensors
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, listed
 from components.mapped import FileMap, map_file, tensor_over
@@ -61,6 +62,7 @@ class SafetensorsSource:
         self.directory = directory
         self.config = read_config(directory)
         self.files, headers = _open_weights(directory)
+        _refuse_quantised(directory, quantised_tensors(name for header in headers for name in header.tensors))
         files = [MappedFile(header) for header in headers]
         self._files = {name: file for file in files for name in file.header.tensors}
         self._placed: dict[str, Placed] = {name: header.tensors[name] for header in headers for name in header.tensors}
@@ -128,13 +130,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory}: no config.json; give the directory that save_pretrained wrote")
     config = read_json(path)
-    method = config.get("quantization_config")
-    if method:
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise CheckpointError(
-            f"{path}: weights are quantised ({kind}); such weights have no delta to mask: give the bf16 or fp32 model"
-        )
+    _refuse_quantised(directory, quantised_config(directory, config))
     return config
+
+
+def _refuse_quantised(directory: Path, found: str | None) -> None:
+    if found:
+        raise CheckpointError(
+            f"{directory}: weights are quantised ({found}); codes have no difference that could be masked or merged: give "
+            "the bf16, fp16 or fp32 model that it was made from"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from components.checkpoints.adapter_files import copy_adapter_files
-from components.checkpoints.adapters import ADAPTER_WEIGHTS
+from components.checkpoints.adapter_parsing import ADAPTER_WEIGHTS
 from components.checkpoints.compare import require_compatible
 from components.checkpoints.factors import FactorSource
 from components.checkpoints.reference import Checkpoint
