@@ -96,7 +96,7 @@ def _require_none(a: Checkpoint, b: Checkpoint, problems: list[str]) -> None:
     if problems:
         count = f"{len(problems)} difference{'s' if len(problems) > 1 else ''}"
         raise CheckpointError(
-            f"{b.path} does not fit {a.path} ({count}): {listed(problems, 12)}; give the model that it was finetuned from"
+            f"{b.where} does not fit {a.where} ({count}): {listed(problems, 12)}; give the model that it was finetuned from"
         )
 
 
@@ -130,7 +130,7 @@ def require_finite(checkpoint: Checkpoint) -> None:
     problems = check_finite(checkpoint.source)
     if problems:
         raise CheckpointError(
-            f"{checkpoint.path}: weights are not finite: {listed(problems)}; "
+            f"{checkpoint.where}: weights are not finite: {listed(problems)}; "
             "the run that made it diverged: take an earlier checkpoint"
         )
 
@@ -154,7 +154,7 @@ def require_near(aligned: Checkpoint, other: Checkpoint, *, sample: int = _SAMPL
     distance = relative_distance(aligned.source, other.source, sample=sample)
     if distance > _FAR:
         raise CheckpointError(
-            f"{other.path} differs from {aligned.path} by {distance:.2f} times the weights' own size, as models do that were "
+            f"{other.where} differs from {aligned.where} by {distance:.2f} times the weights' own size, as models do that were "
             "trained apart; give the model that it was finetuned from as the aligned one"
         )
 

@@ -27,8 +27,8 @@ from components.checkpoints.source import TensorSpec
 from components.errors import CheckpointError, StorageError, listed
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_METADATA = {"format": "pt"}  # transformers refuses files without it
-_TOKENIZER_FILES = (
+METADATA = {"format": "pt"}  # transformers refuses files without it
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -42,7 +42,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_TEMPLATE_DIRECTORY = "additional_chat_templates"
+TEMPLATE_DIRECTORY = "additional_chat_templates"
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> dict[str, list[str]]:
@@ -60,6 +60,13 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_
     if len(groups) == 1:
         return {SINGLE_NAME: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, start=1)}
+
+
+def shard_index(plan: Mapping[str, list[str]], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """What the index of a plan's files says."""
+    weight_map = {name: file_name for file_name, names in plan.items() for name in names}
+    total = sum(specs[name].nbytes for name in weight_map)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 @dataclass
@@ -187,7 +194,7 @@ class CheckpointWriter:
                 f"{self.out_dir}: the disk has {free / 1e9:.2f} GB left, the model needs {(self.nbytes - there) / 1e9:.2f} GB"
             )
         for file_name, names in self._plan.items():
-            raw, header = layout({n: self._specs[n] for n in names}, _METADATA)
+            raw, header = layout({n: self._specs[n] for n in names}, METADATA)
             path = self.out_dir / file_name
             fd = os.open(path, os.O_WRONLY | (0 if resume else os.O_CREAT | os.O_EXCL), 0o644)
             shard = _Shard(path=path, header=header, fd=fd)
@@ -205,10 +212,8 @@ class CheckpointWriter:
             raise StorageError(f"{shard.path}: cannot be written ({error.strerror or error})") from error
 
     def _write_index(self) -> Path:
-        weight_map = {n: file_name for file_name, names in self._plan.items() for n in names}
-        index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
         path = self.out_dir / INDEX_NAME
-        write_json(path, index)
+        write_json(path, shard_index(self._plan, self._specs))
         return path
 
 
@@ -273,19 +278,24 @@ def copy_side_files(
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory has a tokenizer of its own (a chat template alone is none)."""
-    return any((directory / f).is_file() for f in _TOKENIZER_FILES if not f.startswith("chat_template"))
+    return any((directory / f).is_file() for f in TOKENIZER_FILES if not f.startswith("chat_template"))
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
     """The files of a directory that make its tokenizer and chat templates, in a fixed order."""
-    found = [directory / f for f in _TOKENIZER_FILES if (directory / f).is_file()]
-    return found + sorted((directory / _TEMPLATE_DIRECTORY).glob("*.jinja"))
+    found = [directory / f for f in TOKENIZER_FILES if (directory / f).is_file()]
+    return found + sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Indented UTF-8 JSON with a final newline, made durable."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(json_bytes(value))
     _fsync_path(path)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented UTF-8 JSON with a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def copy_tokenizer(source: Path, out_dir: Path) -> list[str]:

@@ -12,12 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-<<<<<<< HEAD
-from components.errors import CheckpointError
-from components.fusion.merge_functions import BLOCK, dropped, ties, weighted_sum
-=======
 from components.errors import CheckpointError, ConfigError
->>>>>>> mergekit
+from components.fusion.merge_functions import BLOCK, dropped, ties, weighted_sum
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.merging import MergedSource, find_thresholds
 from components.fusion.thresholds import kth_largest_magnitude
