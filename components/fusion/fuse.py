@@ -19,7 +19,8 @@ from components.checkpoints.reference import Checkpoint
 from components.checkpoints.source import TensorSource
 from components.checkpoints.writer import CheckpointWriter, copy_side_files
 from components.fusion.fused import BLOCK, FusedBlock, FusedSource, one_thread
-from components.fusion.methods import Mask
+from components.fusion.inputs import Mask
+from components.fusion.methods import method_named
 from components.fusion.settings import FusionSettings
 
 Progress = Callable[[dict[str, Any]], None]
@@ -95,17 +96,20 @@ def fuse_checkpoint(
     out_dir: Path,
     mask: Mask | None = None,
     unaligned: Checkpoint | None = None,
+    safe: Checkpoint | None = None,
     block: int = BLOCK,
     progress: Progress | None = None,
 ) -> FuseReport:
     """Write the fused model: weights, config, generation config, tokenizer, chat template; ready for `from_pretrained`. Of two
     adapters' factors the result is an adapter, ready for PEFT.
 
-    Memory is a few blocks whatever the model's size; the result does not depend on `block`. The tokenizer and configs
-    are the finetune's (it is the finetune that goes back into service), the aligned model's where it has none.
+    Memory is a few blocks whatever the model's size (for `safe_lora`, `safe_merge` and `lox` a few of its largest matrix); the
+    result does not depend on `block`. The tokenizer and configs are the finetune's (it is the finetune that goes back into
+    service), the aligned model's where it has none.
 
     Args:
-        aligned, finetune, unaligned: opened checkpoints; `unaligned` is for RESTA.
+        aligned, finetune, unaligned, safe: opened checkpoints; `unaligned` is for RESTA, Safe LoRA, SafeMERGE and LoX,
+            `safe` for SafeMERGE.
         settings: method and numbers.
         out_dir: an attempt's directory without weights; publishing it is the caller's.
         mask: the trained mask, for `masked` and `random_mask`.
@@ -115,18 +119,21 @@ def fuse_checkpoint(
     Raises CheckpointError (all misfits at once; the tensor and index of a NaN), ConfigError (input of the method
     missing), StorageError (disk full or not writable).
     """
-    require_compatible(aligned, finetune)
-    used_unaligned = unaligned if settings.method == "resta" else None
-    if used_unaligned is not None:
-        require_compatible(aligned, used_unaligned)
+    method = method_named(settings.method)
+    used_unaligned = unaligned if method.needs_unaligned else None
+    used_safe = safe if method.takes_safe else None
+    for other in (finetune, used_unaligned, used_safe):
+        if other is not None:
+            require_compatible(aligned, other)
     source = FusedSource(
         aligned=aligned.source,
         finetune=finetune.source,
         settings=settings,
         mask=mask,
         unaligned=used_unaligned.source if used_unaligned else None,
+        safe=used_safe.source if used_safe else None,
     )
-    inputs = [c.source for c in (aligned, finetune, used_unaligned) if c is not None]
+    inputs = [c.source for c in (aligned, finetune, used_unaligned, used_safe) if c is not None]
     counts = {n: TensorCounts(source.spec(n).numel, _short(source.spec(n).dtype)) for n in source.names()}
 
     def sink(name: str, writer: CheckpointWriter) -> None:

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.fusion.inputs import Block, TensorInputs
 from components.fusion.methods import (
-    Block,
-    TensorInputs,
     blend,
     interpolation,
     masked,
