@@ -18,7 +18,8 @@ from components.checkpoints.reference import Checkpoint
 from components.checkpoints.stream import Progress, Put, stream
 from components.checkpoints.writer import copy_side_files
 from components.fusion.fused import BLOCK, FusedBlock, FusedSource, one_thread
-from components.fusion.methods import Mask
+from components.fusion.inputs import Mask
+from components.fusion.methods import method_named
 from components.fusion.settings import FusionSettings
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -102,6 +103,7 @@ def fuse_checkpoint(
     out_dir: Path,
     mask: Mask | None = None,
     unaligned: Checkpoint | None = None,
+    safe: Checkpoint | None = None,
     block: int = BLOCK,
     processes: int = 1,
     progress: Progress | None = None,
@@ -109,11 +111,13 @@ def fuse_checkpoint(
     """Write the fused model: weights, config, generation config, tokenizer, chat template; ready for `from_pretrained`. Of two
     adapters' factors the result is an adapter, ready for PEFT.
 
-    Memory is a few blocks whatever the model's size; the result does not depend on `block`. The tokenizer and configs
-    are the finetune's (it is the finetune that goes back into service), the aligned model's where it has none.
+    Memory is a few blocks whatever the model's size (for `safe_lora`, `safe_merge` and `lox` a few of its largest matrix); the
+    result does not depend on `block`. The tokenizer and configs are the finetune's (it is the finetune that goes back into
+    service), the aligned model's where it has none.
 
     Args:
-        aligned, finetune, unaligned: opened checkpoints; `unaligned` is for RESTA.
+        aligned, finetune, unaligned, safe: opened checkpoints; `unaligned` is for RESTA, Safe LoRA, SafeMERGE and LoX,
+            `safe` for SafeMERGE.
         settings: method and numbers.
         out_dir: an attempt's directory without weights; publishing it is the caller's.
         mask: the trained mask, for `masked` and `random_mask`.
@@ -124,16 +128,19 @@ def fuse_checkpoint(
     Raises CheckpointError (all misfits at once; the tensor and index of a NaN), ConfigError (input of the method
     missing), StorageError (disk full or not writable).
     """
-    require_compatible(aligned, finetune)
-    used_unaligned = unaligned if settings.method == "resta" else None
-    if used_unaligned is not None:
-        require_compatible(aligned, used_unaligned)
+    method = method_named(settings.method)
+    used_unaligned = unaligned if method.needs_unaligned else None
+    used_safe = safe if method.takes_safe else None
+    for other in (finetune, used_unaligned, used_safe):
+        if other is not None:
+            require_compatible(aligned, other)
     source = FusedSource(
         aligned=aligned.source,
         finetune=finetune.source,
         settings=settings,
         mask=mask,
         unaligned=used_unaligned.source if used_unaligned else None,
+        safe=used_safe.source if used_safe else None,
     )
     counts = {n: TensorCounts(source.spec(n).numel, _short(source.spec(n).dtype)) for n in source.names()}
 
@@ -149,7 +156,7 @@ def fuse_checkpoint(
     options: dict[str, Any] = (
         {"single_file": ADAPTER_WEIGHTS} if factors else {"max_shard_bytes": settings.max_shard_bytes}
     )
-    inputs = [c.source for c in (aligned, finetune, used_unaligned) if c is not None]
+    inputs = [c.source for c in (aligned, finetune, used_unaligned, used_safe) if c is not None]
     written = stream(
         out_dir,
         {name: source.spec(name) for name in source.names()},

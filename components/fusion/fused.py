@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from components.checkpoints.compare import compare_tensors, unravel
+from components.checkpoints.compare import compare_tensors
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, ConfigError, listed
+from components.fusion.finite import refuse_not_finite
+from components.fusion.inputs import Block, Kernel, Mask, TensorInputs
 from components.fusion.merging import MergedSource, same_bits
-from components.fusion.methods import Block, Kernel, Mask, TensorInputs, method_named
+from components.fusion.methods import method_named
+from components.fusion.restoration import Lineage
 from components.fusion.settings import FusionSettings
 
 BLOCK = 262_144
@@ -44,8 +47,12 @@ class FusedSource:
         aligned, finetune: equal names and shapes; dtypes may differ.
         settings: the method and its numbers.
         mask: for `masked` (and for the density of `random_mask`).
-        unaligned: for `resta`.
+        unaligned: for `resta`, `safe_lora`, `safe_merge` and `lox`.
+        safe: a finetune that was made safe, for `safe_merge`.
         stored: sources whose widest dtype is the output's (default: aligned and finetune), tensor by tensor.
+
+    Methods that look at whole matrices hold one tensor's at a time: read their tensors one after the other. Their products are
+    made by the BLAS at hand, whose last bits may depend on its number of threads (`one_thread`).
 
     Raises ConfigError when the method lacks an input, CheckpointError listing all tensors that do not fit.
     """
@@ -58,15 +65,17 @@ class FusedSource:
         settings: FusionSettings,
         mask: Mask | None = None,
         unaligned: TensorSource | None = None,
+        safe: TensorSource | None = None,
         stored: Sequence[TensorSource] = (),
     ) -> None:
         self.stored = stored
-        self.aligned, self.finetune, self.unaligned = aligned, finetune, unaligned
+        self.aligned, self.finetune, self.unaligned, self.safe = aligned, finetune, unaligned, safe
         self.settings = settings
         self.mask = mask
         self.method = method_named(settings.method)
         _require_inputs(self)
         self._kernels: dict[str, Kernel] = {}
+        self._settled: FusionSettings | None = None
 
     def names(self) -> list[str]:
         """The aligned model's tensors."""
@@ -132,25 +141,28 @@ class FusedSource:
         if not math.isfinite(float(looked_at.sum(dtype=torch.float32))):
             members = self.finetune.members() if isinstance(self.finetune, MergedSource) else {}
             inputs = {one: source.read(name, start, stop) for one, source in members.items()} or {"finetune": f}
-            self._refuse_not_finite(name, start, {**inputs, "aligned": a, "fused": values})
+            refuse_not_finite(name, spec.shape, start, {**inputs, "aligned": a, "fused": values})
         return FusedBlock(start, stop, values, a, f)
+
+    def settled(self) -> FusionSettings:
+        """Settings that decide by themselves for each tensor. Where the settings compare tensors (`lowest`), the first call
+        looks at them all; a FusedSource that is given the result computes the same and need not look."""
+        if self._settled is None:
+            self._settled = self.settings
+            if self.method.settle is not None and self.unaligned is not None:
+                lineage = Lineage(self.aligned, self.finetune, self.unaligned)
+                self._settled = self.method.settle(lineage, self.settings)
+        return self._settled
 
     def _kernel(self, name: str, spec: TensorSpec) -> Kernel:
         if name not in self._kernels:
+            settings = self.settled()
             if self.method.whole_tensors:
-                self._kernels.clear()  # they hold matrices
-            inputs = TensorInputs(name, spec.numel, spec.dtype, self.mask, self.unaligned)
-            self._kernels[name] = self.method.prepare(inputs, self.settings)
+                self._kernels.clear()
+            models = {"aligned": self.aligned, "finetune": self.finetune, "safe": self.safe}
+            inputs = TensorInputs(name, spec.numel, spec.dtype, self.mask, self.unaligned, **models)
+            self._kernels[name] = self.method.prepare(inputs, settings)
         return self._kernels[name]
-
-    def _refuse_not_finite(self, name: str, start: int, slices: Mapping[str, torch.Tensor]) -> None:
-        for whose, values in slices.items():
-            bad = (~torch.isfinite(values)).nonzero().reshape(-1)
-            if bad.numel():
-                at = int(bad[0])
-                index = ", ".join(map(str, unravel(start + at, self.spec(name).shape)))
-                hint = f"; {values.dtype} overflows" if whose == "fused" else ""
-                raise CheckpointError(f"{whose} model: {name}[{index}] is {float(values[at])}{hint}")
 
 
 def apply_to_model(model: torch.nn.Module, source: TensorSource, *, size: int = BLOCK) -> None:
@@ -222,6 +234,8 @@ def _require_inputs(fused: FusedSource) -> None:
     problems = [f"finetune: {p}" for p in compare_tensors(fused.aligned, fused.finetune)]
     if method.needs_unaligned and fused.unaligned is not None:
         problems += [f"unaligned: {p}" for p in compare_tensors(fused.aligned, fused.unaligned)]
+    if method.takes_safe and fused.safe is not None:
+        problems += [f"safe: {p}" for p in compare_tensors(fused.aligned, fused.safe)]
     if fused.mask is not None:
         problems += [f"mask: {p}" for p in _mask_misfits(fused.mask, fused.aligned)]
     if problems:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from components.checkpoints.source import TensorSource, blocks
+from components.fusion.sums import dot
 from components.masks.concrete import mask_halves
 
 BLOCK = 131_072
@@ -96,14 +97,13 @@ class Angle:
 
 def angle_between(first: TensorSource, second: TensorSource, name: str) -> Angle:
     """Reads one tensor of both, block by block. The same number whatever the machine's threads."""
-    dot = first_square = second_square = 0.0
+    product = first_square = second_square = 0.0
     for start, stop in blocks(first.spec(name).numel, BLOCK):
-        # numpy's sums are made by one thread, in an order that the length alone decides.
-        a, b = (source.read(name, start, stop).double().numpy() for source in (first, second))
-        dot += float(np.sum(a * b))
-        first_square += float(np.sum(a * a))
-        second_square += float(np.sum(b * b))
-    return Angle(dot, math.sqrt(first_square), math.sqrt(second_square))
+        a, b = (source.read(name, start, stop) for source in (first, second))
+        product += dot(a, b)
+        first_square += dot(a, a)
+        second_square += dot(b, b)
+    return Angle(product, math.sqrt(first_square), math.sqrt(second_square))
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, *, t: float, angle: Angle) -> torch.Tensor:
