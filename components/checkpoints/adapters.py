@@ -29,7 +29,7 @@ from components.checkpoints.adapter_parsing import (
     read_adapter_config,
 )
 from components.checkpoints.safetensors import MappedFile
-from components.checkpoints.source import TensorSource, TensorSpec
+from components.checkpoints.source import InFiles, TensorSource, TensorSpec
 from components.errors import CheckpointError, listed
 from components.mapped import drop
 
@@ -94,6 +94,13 @@ class LoraSource:
         if name in self._replaced:
             return self.weights.header.tensors[self._replaced[name]].spec
         return spec
+
+    def file_of(self, name: str) -> Path:
+        """The adapter's file for what it carries whole, else the base's."""
+        name = self.aliases().get(name, name)
+        if name not in self._replaced and isinstance(self.base, InFiles):
+            return self.base.file_of(name)
+        return self.weights.header.path
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, flattened. Computes the row tiles that the range touches."""
