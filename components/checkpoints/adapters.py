@@ -43,11 +43,19 @@ class LoraSource:
         adapter_dir: holds adapter_config.json and adapter_model.safetensors.
         base: the weights that the adapter was trained on.
         model_type: the base config's model_type; tells how square GPT-2 weights are stored.
+        resized_vocabulary: allow saved embeddings and heads with more or fewer rows than the base's.
 
     Raises CheckpointError listing every reason why the adapter cannot be merged or does not fit.
     """
 
-    def __init__(self, adapter_dir: Path, base: TensorSource, *, model_type: str | None = None) -> None:
+    def __init__(
+        self,
+        adapter_dir: Path,
+        base: TensorSource,
+        *,
+        model_type: str | None = None,
+        resized_vocabulary: bool = False,
+    ) -> None:
         self.adapter_dir = adapter_dir
         self.base = base
         self.config = read_adapter_config(adapter_dir)
@@ -56,7 +64,9 @@ class LoraSource:
         """The adapter's file."""
         self.files = [adapter_dir / ADAPTER_CONFIG, header.path]
         parsed = Parsed.of(header)
-        self._pairs, self._replaced, problems = fit(parsed, header, self.config, base, model_type)
+        self._pairs, self._replaced, problems = fit(
+            parsed, header, self.config, base, model_type=model_type, resized_vocabulary=resized_vocabulary
+        )
         problems = parsed.problems + problems
         if problems:
             raise CheckpointError(f"{adapter_dir}: {listed(problems)}")
@@ -85,7 +95,7 @@ class LoraSource:
         return {key: self.aliases().get(name, name) for name, key in self._saved.items()}
 
     def spec(self, name: str) -> TensorSpec:
-        """The base's spec; fp32 where a LoRA product is added, the saved dtype where the adapter replaces the
+        """The base's spec; fp32 where a LoRA product is added, the saved dtype (and rows) where the adapter replaces the
         tensor."""
         name = self.aliases().get(name, name)
         spec = self.base.spec(name)

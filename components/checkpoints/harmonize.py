@@ -57,7 +57,7 @@ def harmonize(
     tokens = _tokens(models)
     named = {label: 1 + max(table.values()) for label, table in tokens.items() if table}
     plan = Plan.of({label: model.source for label, model in models.items()}, vocabulary, one_sided, named)
-    changes = _config_changes(aligned.config, plan)
+    changes = _config_changes(models, plan)
     whole = {label: _wrapped(model, plan, label, changes) for label, model in models.items()}
     problems = [*plan.problems, *_differences(models, whole), *_clashes(models, tokens, plan.resized)]
     if problems:
@@ -83,12 +83,16 @@ def _wrapped(model: Checkpoint, plan: Plan, label: str, changes: Mapping[str, An
     return replace(model, config=config, source=source if as_it_was else PatchedSource(tensors, plan.aliases))
 
 
-def _config_changes(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def _config_changes(models: Mapping[str, Checkpoint], plan: Plan) -> dict[str, Any]:
     wanted: dict[str, Any] = {}
     if plan.separated:
         wanted["tie_word_embeddings"] = False
+    sizes = set(plan.rows.values())
     if plan.resized is not None:
         wanted["vocab_size"] = plan.resized
+    elif len(sizes) == 1 and any({model.config.get("vocab_size", *sizes)} != sizes for model in models.values()):
+        wanted["vocab_size"] = sizes.pop()  # an adapter's own embedding, while its config is its base's
+    config = models[ALIGNED].config
     nested = config.get("text_config")
     inside = {key: value for key, value in wanted.items() if isinstance(nested, dict) and key in nested}
     changes = {key: value for key, value in wanted.items() if key not in inside or key in config}

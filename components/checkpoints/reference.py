@@ -37,7 +37,12 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, *, base: Path | None = None, base_declared_equal: bool = False, factors: bool = False
+    path: Path,
+    *,
+    base: Path | None = None,
+    base_declared_equal: bool = False,
+    factors: bool = False,
+    resized_vocabulary: bool = False,
 ) -> Checkpoint:
     """Open a model directory or a LoRA adapter directory; reads headers and JSON only.
 
@@ -45,6 +50,8 @@ def open_checkpoint(
         path: what `save_pretrained` of transformers or PEFT wrote.
         base: the model that an adapter belongs to (required there); lends a checkpoint without a tokenizer its own.
         base_declared_equal: the user says that `base` is what the adapter was trained on, though it names another.
+        resized_vocabulary: an adapter may carry an embedding and head of other size than its base's. `model_dir` and
+            `config` are the base's all the same.
         factors: `source` is an adapter's factors, not the weights that it makes of its base.
 
     Raises CheckpointError with everything that is wrong with it.
@@ -64,7 +71,7 @@ def open_checkpoint(
         return _open_full(path, base)
     if base is None:
         raise CheckpointError(f"{path}: is an adapter; name its base model")
-    opened = _open_adapter(path, open_checkpoint(base), base_declared_equal)
+    opened = _open_adapter(path, open_checkpoint(base), base_declared_equal, resized_vocabulary)
     if factors:
         assert isinstance(opened.source, LoraSource)
         return replace(opened, source=FactorSource(opened.source))
@@ -86,11 +93,12 @@ def _open_full(path: Path, base: Path | None) -> Checkpoint:
     return Checkpoint(path, "full", path, tokenizer_dir, source, source.config, files, notes=tuple(notes))
 
 
-def _open_adapter(path: Path, base: Checkpoint, declared_equal: bool) -> Checkpoint:
+def _open_adapter(path: Path, base: Checkpoint, declared_equal: bool, resized_vocabulary: bool) -> Checkpoint:
     if base.kind != "full":
         raise CheckpointError(f"{path}: its base {base.path} is an adapter itself; merge that first")
     notes = _check_base(path, base, declared_equal)
-    lora = LoraSource(path, base.source, model_type=base.config.get("model_type"))
+    model_type = base.config.get("model_type")
+    lora = LoraSource(path, base.source, model_type=model_type, resized_vocabulary=resized_vocabulary)
     tokenizer_dir = path if has_tokenizer(path) else base.tokenizer_dir
     own = tokenizer_files(path) if tokenizer_dir == path else []
     return Checkpoint(

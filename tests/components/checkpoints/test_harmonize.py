@@ -1,4 +1,4 @@
-"""Models of unlike tensors brought together: against whole state dicts filled row by row, and what is refused."""
+"""Real models of unlike tensors brought together, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,23 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from components.checkpoints.common import ALIGNED
 from components.checkpoints.compare import require_compatible
-from components.checkpoints.harmonize import Harmonized, harmonize
+from components.checkpoints.harmonize import harmonize
 from components.checkpoints.reference import Checkpoint, open_checkpoint
 from components.checkpoints.source import TensorSource, read_whole
 from components.checkpoints.writer import CheckpointWriter, copy_side_files
 from components.errors import CheckpointError, ConfigError
-from components.fusion.fused import FusedSource
 from components.fusion.merge_settings import MergeSettings
-from components.fusion.merging import MergedSource, dropped, find_thresholds
-from components.fusion.settings import FusionSettings
+from components.fusion.merging import MergedSource
 from tests.components.checkpoints.test_adapters import make_adapter, merged_by_peft
 from tests.components.checkpoints.tiny import (
-    MemorySource,
     edit_json,
     llama,
     perturbed,
@@ -35,144 +30,8 @@ from tests.components.checkpoints.tiny import (
     save,
     save_tokenizer,
 )
-from tests.components.fusion.test_merging import literal_ties
+from tests.components.checkpoints.whole import EMBEDDING, HEAD, MERGES, everyone, filled, fused_by, in_memory
 from tests.components.masks.support import moved, tiny_model
-
-EMBEDDING, HEAD, BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
-State = dict[str, torch.Tensor]
-
-
-def in_memory(name: str, tensors: State, aliases: Mapping[str, str] | None = None) -> Checkpoint:
-    path = Path("/models") / name
-    return Checkpoint(path, "full", path, path, MemorySource(tensors, aliases), {"model_type": "llama"}, [])
-
-
-def everyone(found: Harmonized) -> dict[str, Checkpoint]:
-    return {ALIGNED: found.aligned, **found.finetunes}
-
-
-def filled(states: Mapping[str, State], vocabulary: str, one_sided: str) -> dict[str, State]:
-    """The rule of `common.py` as a loop over models, tensors and rows; fp64. A mean is rounded to the widest dtype there is."""
-    names = set(states[ALIGNED]) if one_sided == "drop" else set().union(*states.values())
-    out: dict[str, State] = {label: {} for label in states}
-    for name in names:
-        having = {label: state[name] for label, state in states.items() if name in state}
-        counts = [len(state[EMBEDDING]) for state in states.values()]
-        rows = len(next(iter(having.values())))
-        if name in {EMBEDDING, HEAD, BIAS}:
-            rows = max(counts) if vocabulary == "pad" else counts[0]
-        wide = torch.float32 if len({t.dtype for t in having.values()}) > 1 else next(iter(having.values())).dtype
-        for label in states:
-            values = []
-            for row in range(rows):
-                there = {one: tensor[row] for one, tensor in having.items() if row < len(tensor)}
-                if ALIGNED in there:
-                    values.append(there.get(label, there[ALIGNED]).double())
-                else:
-                    mean = sum(value.double() for value in there.values()) / len(there)
-                    values.append(torch.as_tensor(mean).to(wide).double())
-            out[label][name] = torch.stack(values)
-    return out
-
-
-@st.composite
-def families(draw: st.DrawFn) -> tuple[dict[str, State], dict[str, Checkpoint]]:
-    """An aligned model and one to three finetunes: sizes of vocabulary, ties, dtypes and tensors of their own at random. Values
-    are multiples of 1/64, so that sums are exact and a mean of three is nowhere near the middle of two bf16 numbers."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
-    biased = draw(st.booleans())
-    states: dict[str, State] = {}
-    checkpoints = {}
-    for label in [ALIGNED, *("zh", "code", "math")[: draw(st.integers(1, 3))]]:
-        rows, dtype = draw(st.integers(2, 7)), draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-        shapes = {EMBEDDING: (rows, 3), HEAD: (rows, 3), "model.w": (4, 5), "model.norm": (3,)}
-        shapes |= {BIAS: (rows,)} if biased else {}
-        shapes |= {name: (2, 3) for name in ("model.x", "model.y") if draw(st.booleans())}
-        state = {n: (torch.randint(-127, 128, s, generator=generator) / 64).to(dtype) for n, s in shapes.items()}
-        stored, aliases = dict(state), {}
-        if draw(st.booleans()):
-            state[HEAD] = state[EMBEDDING]
-            aliases = {HEAD: EMBEDDING}
-            del stored[HEAD]
-        states[label] = state
-        checkpoints[label] = in_memory(label, stored, aliases)
-    return states, checkpoints
-
-
-def fused_by(method: str, whole: Mapping[str, State], name: str) -> torch.Tensor:
-    """aligned + λ Merge(τ) of whole tensors in fp64, flattened."""
-    base = whole[ALIGNED][name].reshape(-1)
-    deltas = {one: state[name].reshape(-1) - base for one, state in whole.items() if one != ALIGNED}
-    stacked = torch.stack(list(deltas.values()))
-    if method == "average":
-        return base + stacked.mean(dim=0)
-    if method == "ties":
-        return base + 0.5 * torch.from_numpy(literal_ties(stacked.numpy(), 0.4, mean=True))
-    if method == "dare":
-        kept = [
-            dropped(d.float(), keep=0.7, seed=3, name=f"{one}/{name}", start=0).double() for one, d in deltas.items()
-        ]
-        return base + 0.5 * torch.stack(kept).sum(dim=0)
-    return base + 0.5 * stacked.sum(dim=0)
-
-
-MERGES = {
-    "average": MergeSettings(method="average"),
-    "task_arithmetic": MergeSettings(method="task_arithmetic", scale=0.5),
-    "ties": MergeSettings(method="ties", scale=0.5, density=0.4),
-    "dare": MergeSettings(method="dare", scale=0.5, density=0.7, seed=3),
-}
-
-
-@pytest.mark.parametrize("method", MERGES)
-@given(families(), st.sampled_from(["pad", "truncate"]), st.sampled_from(["keep", "drop"]))
-@settings(max_examples=40, deadline=None)
-def test_fusions_are_those_of_whole_state_dicts(
-    method: str, family: tuple[dict[str, State], dict[str, Checkpoint]], vocabulary: Any, one_sided: Any
-) -> None:
-    states, checkpoints = family
-    finetunes = {label: c for label, c in checkpoints.items() if label != ALIGNED}
-    found = harmonize(checkpoints[ALIGNED], finetunes, vocabulary=vocabulary, one_sided=one_sided)
-    whole = filled(states, vocabulary, one_sided)
-    tied = all(c.source.aliases() for c in checkpoints.values())
-    for label, model in everyone(found).items():
-        assert set(model.source.names()) == set(whole[label]) - ({HEAD} if tied else set())
-        assert model.source.aliases() == ({HEAD: EMBEDDING} if tied else {})
-        for name, want in whole[label].items():
-            assert torch.equal(read_whole(model.source, name).double(), want), (label, name)
-    sources = {label: model.source for label, model in found.finetunes.items()}
-    thresholds = find_thresholds(found.aligned.source, sources, MERGES[method]) if method == "ties" else None
-    merged = MergedSource(found.aligned.source, sources, MERGES[method], thresholds)
-    for name in merged.names():
-        torch.testing.assert_close(merged.read(name).double(), fused_by(method, whole, name), rtol=0, atol=1e-5)
-        lacking = states[ALIGNED].get(name, torch.empty(0)).numel()
-        assert torch.equal(merged.read(name)[lacking:].double(), whole[ALIGNED][name].reshape(-1)[lacking:]), name
-
-
-@given(families(), st.sampled_from(["pad", "truncate"]), st.data())
-@settings(max_examples=40, deadline=None)
-def test_any_range_gives_the_same_bits_and_one_finetune_may_be_interpolated(
-    family: tuple[dict[str, State], dict[str, Checkpoint]], vocabulary: Any, data: st.DataObject
-) -> None:
-    states, checkpoints = family
-    one = next(label for label in checkpoints if label != ALIGNED)
-    pair = {label: states[label] for label in (ALIGNED, one)}
-    found = harmonize(checkpoints[ALIGNED], {one: checkpoints[one]}, vocabulary=vocabulary, one_sided="keep")
-    whole = filled(pair, vocabulary, "keep")
-    fused = FusedSource(
-        aligned=found.aligned.source,
-        finetune=found.finetunes[one].source,
-        settings=FusionSettings(method="interpolation", alpha=0.25, output_dtype="float32"),
-    )
-    for name in fused.names():
-        want = whole[ALIGNED][name] + 0.25 * (whole[one][name] - whole[ALIGNED][name])
-        torch.testing.assert_close(read_whole(fused, name).double(), want, rtol=0, atol=1e-5)
-        for source in (found.aligned.source, found.finetunes[one].source):
-            everything = source.read(name)
-            start = data.draw(st.integers(0, everything.numel()))
-            stop = data.draw(st.integers(start, everything.numel()))
-            assert same_bits(source.read(name, start, stop), everything[start:stop])
-            assert everything.dtype == source.spec(name).dtype
 
 
 def write(source: TensorSource, config_of: Checkpoint, changes: Mapping[str, Any], out: Path) -> Path:
@@ -255,6 +114,33 @@ def test_what_fits_is_left_as_it_is(tmp_path: Path) -> None:
     for name in aligned.source.names():
         three = [*(state[name].double() for state in by_peft), read_whole(finetunes["full"].source, name).double()]
         torch.testing.assert_close(read_whole(merged, name).double(), sum(three) / 3, rtol=0, atol=1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "whole"), [(llama, True), (llama, False), (qwen, False)], ids=["saved", "lent", "tied"]
+)
+def test_an_adapter_that_brings_new_tokens(make: Any, whole: bool, tmp_path: Path) -> None:
+    """Against PEFT on the base after it was resized. PEFT saves embedding and head with the adapter, or twice where they were
+    trained as modules_to_save."""
+    base = save(make(0), tmp_path / "base")
+    model = resized(make(0), 72)
+    model.name_or_path = str(base)
+    config = {"modules_to_save": ["embed_tokens", "lm_head"]} if whole else {}
+    adapter = make_adapter(model, tmp_path / "adapter", base=base, target_modules=["q_proj"], **config)
+    with pytest.raises(CheckpointError, match=r"saves .*embed_tokens.* \(a resized vocabulary is not supported\)"):
+        open_checkpoint(adapter, base=base)
+    aligned, finetune = open_checkpoint(base), open_checkpoint(adapter, base=base, resized_vocabulary=True)
+    with pytest.raises(
+        CheckpointError, match=r"embed_tokens\.weight is \[72, 32\], not \[64, 32\] .*adapter_model\.safe"
+    ):
+        harmonize(aligned, {"a": finetune})
+    found = harmonize(aligned, {"a": finetune}, vocabulary="pad")
+    want = merged_by_peft(base, adapter, rows=72)
+    for name in found.aligned.source.names():
+        assert torch.equal(read_whole(found.finetunes["a"].source, name), want[name]), name
+    assert torch.equal(read_whole(found.aligned.source, EMBEDDING)[64:], want[EMBEDDING][64:])
+    alike = harmonize(finetune, {"b": finetune})
+    assert (found.config_changes, alike.config_changes) == ({"vocab_size": 72}, {"vocab_size": 72})
 
 
 def test_experts_in_one_tensor(tmp_path: Path) -> None:
