@@ -15,6 +15,7 @@ import torch
 from components.checkpoints.headers import Header, read_header
 from components.checkpoints.safetensors import MappedFile, read_json
 from components.checkpoints.source import TensorSource, TensorSpec
+from components.checkpoints.vocabularies import is_by_token
 from components.errors import CheckpointError, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -115,6 +116,8 @@ class Parsed:
                     embeddings.add(module)
             elif plain.endswith(_MAGNITUDE):
                 magnitudes[plain.removesuffix(_MAGNITUDE)] = key
+            elif ".original_module." in plain:
+                continue  # what a module of modules_to_save was before it was trained; PEFT saves it when it saves embeddings
             elif ".lora_" in plain:
                 problems.append(f"tensor {key} belongs to an adapter kind that is not supported")
             else:
@@ -125,7 +128,13 @@ class Parsed:
 
 
 def fit(
-    parsed: Parsed, header: Header, config: Mapping[str, Any], base: TensorSource, model_type: str | None
+    parsed: Parsed,
+    header: Header,
+    config: Mapping[str, Any],
+    base: TensorSource,
+    *,
+    model_type: str | None,
+    resized_vocabulary: bool,
 ) -> tuple[dict[str, LoraPair], dict[str, str], list[str]]:
     """Match what the adapter holds with what the base has: (tensor -> factors, tensor -> key of its replacement, problems)."""
     problems = _magnitude_problems(parsed, config)
@@ -145,7 +154,7 @@ def fit(
             problems += problem
             if pair is not None:
                 pairs[name] = pair
-    replaced, more = _replacements(parsed.replaced, header, base)
+    replaced, more = _replacements(parsed.replaced, header, base, resized_vocabulary)
     return pairs, replaced, problems + more + _missing(parsed, config, names)
 
 
@@ -211,7 +220,9 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
     return default
 
 
-def _replacements(saved: Mapping[str, str], header: Header, base: TensorSource) -> tuple[dict[str, str], list[str]]:
+def _replacements(
+    saved: Mapping[str, str], header: Header, base: TensorSource, resized_vocabulary: bool
+) -> tuple[dict[str, str], list[str]]:
     """Whole tensors (modules_to_save, trained biases, saved embeddings) that take the place of the base's."""
     problems: list[str] = []
     names, aliases = set(base.names()), base.aliases()
@@ -220,7 +231,7 @@ def _replacements(saved: Mapping[str, str], header: Header, base: TensorSource) 
         target = aliases.get(name, name)
         if target not in names:
             problems.append(f"saves {name}, which the base does not have")
-        elif header.tensors[key].spec.shape != base.spec(target).shape:
+        elif not _fits(target, header.tensors[key].spec.shape, base.spec(target).shape, resized_vocabulary):
             shapes = f"{list(header.tensors[key].spec.shape)}, the base's is {list(base.spec(target).shape)}"
             problems.append(f"saves {name} of shape {shapes} (a resized vocabulary is not supported)")
         else:
@@ -233,6 +244,10 @@ def _replacements(saved: Mapping[str, str], header: Header, base: TensorSource) 
                 "train with tie_word_embeddings=false, or save both equal"
             )
     return replaced, problems
+
+
+def _fits(name: str, shape: tuple[int, ...], in_base: tuple[int, ...], resized_vocabulary: bool) -> bool:
+    return shape == in_base or (resized_vocabulary and is_by_token(name) and shape[1:] == in_base[1:])
 
 
 def _equal_saved(names: Sequence[str], saved: Mapping[str, str], header: Header) -> bool:

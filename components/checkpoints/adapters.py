@@ -29,7 +29,7 @@ from components.checkpoints.adapter_parsing import (
     read_adapter_config,
 )
 from components.checkpoints.safetensors import MappedFile
-from components.checkpoints.source import TensorSource, TensorSpec
+from components.checkpoints.source import InFiles, TensorSource, TensorSpec
 from components.errors import CheckpointError, listed
 from components.mapped import drop
 
@@ -43,11 +43,19 @@ class LoraSource:
         adapter_dir: holds adapter_config.json and adapter_model.safetensors.
         base: the weights that the adapter was trained on.
         model_type: the base config's model_type; tells how square GPT-2 weights are stored.
+        resized_vocabulary: allow saved embeddings and heads with more or fewer rows than the base's.
 
     Raises CheckpointError listing every reason why the adapter cannot be merged or does not fit.
     """
 
-    def __init__(self, adapter_dir: Path, base: TensorSource, *, model_type: str | None = None) -> None:
+    def __init__(
+        self,
+        adapter_dir: Path,
+        base: TensorSource,
+        *,
+        model_type: str | None = None,
+        resized_vocabulary: bool = False,
+    ) -> None:
         self.adapter_dir = adapter_dir
         self.base = base
         self.config = read_adapter_config(adapter_dir)
@@ -56,7 +64,9 @@ class LoraSource:
         """The adapter's file."""
         self.files = [adapter_dir / ADAPTER_CONFIG, header.path]
         parsed = Parsed.of(header)
-        self._pairs, self._replaced, problems = fit(parsed, header, self.config, base, model_type)
+        self._pairs, self._replaced, problems = fit(
+            parsed, header, self.config, base, model_type=model_type, resized_vocabulary=resized_vocabulary
+        )
         problems = parsed.problems + problems
         if problems:
             raise CheckpointError(f"{adapter_dir}: {listed(problems)}")
@@ -85,7 +95,7 @@ class LoraSource:
         return {key: self.aliases().get(name, name) for name, key in self._saved.items()}
 
     def spec(self, name: str) -> TensorSpec:
-        """The base's spec; fp32 where a LoRA product is added, the saved dtype where the adapter replaces the
+        """The base's spec; fp32 where a LoRA product is added, the saved dtype (and rows) where the adapter replaces the
         tensor."""
         name = self.aliases().get(name, name)
         spec = self.base.spec(name)
@@ -94,6 +104,13 @@ class LoraSource:
         if name in self._replaced:
             return self.weights.header.tensors[self._replaced[name]].spec
         return spec
+
+    def file_of(self, name: str) -> Path:
+        """The adapter's file for what it carries whole, else the base's."""
+        name = self.aliases().get(name, name)
+        if name not in self._replaced and isinstance(self.base, InFiles):
+            return self.base.file_of(name)
+        return self.weights.header.path
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, flattened. Computes the row tiles that the range touches."""

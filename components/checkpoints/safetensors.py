@@ -24,8 +24,10 @@ from components.mapped import FileMap, map_file, tensor_over
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-_HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""How names of input embeddings end."""
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""And those of output heads."""
 _COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias")
 """Buffers that older transformers stored with the weights and newer ones compute themselves: no parameter takes them."""
 _COMPARE_BLOCK = 1 << 20
@@ -104,6 +106,10 @@ class SafetensorsSource:
         assert 0 <= start <= stop <= numel, (name, start, stop, numel)
         return self._files[name].read(name, start, stop)
 
+    def file_of(self, name: str) -> Path:
+        """The shard that holds a tensor."""
+        return self._files[self._listed_name(name)].header.path
+
     def _listed_name(self, name: str) -> str:
         name = self._aliases.get(name, name)
         if name not in self._placed:
@@ -113,8 +119,8 @@ class SafetensorsSource:
     def _tie(self) -> dict[str, str]:
         """Find the tied pair; drop a redundant stored head. The model cannot do without a head, so a lone embedding is
         tied whatever the config leaves unsaid."""
-        embedding = _only(self._placed, _EMBEDDINGS)
-        head = _only(self._placed, _HEADS)
+        embedding = _only(self._placed, EMBEDDINGS)
+        head = _only(self._placed, HEADS)
         tied = _config_ties(self.config)
         if embedding and not head:
             is_causal = any("ForCausalLM" in a or "LMHead" in a for a in self.config.get("architectures") or [])

@@ -37,12 +37,14 @@ def make_adapter(model: Any, path: Path, *, base: Path, seed: int = 0, **config:
     return path
 
 
-def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """What PEFT makes of the base in fp32."""
+def merged_by_peft(base: Path, adapter: Path, *, rows: int | None = None) -> dict[str, torch.Tensor]:
+    """What PEFT makes of the base in fp32, after its vocabulary was given `rows`."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
     return dict(PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict())
 
 
