@@ -96,7 +96,7 @@ def _speed(scratch: Path, options: argparse.Namespace) -> dict[str, object]:
     for round_ in range(options.rounds):
         for name, leg in legs.items():
             out = scratch / "out" / name.replace(" ", "-")
-            runs[name].append(run(leg(out), warm=models.values()))
+            runs[name].append(run(leg(out), warm=models.values(), settle=not options.quick))
             keep = round_ == 0 and name in ("bare loop", "ours task_arithmetic")
             if not keep:
                 shutil.rmtree(out)
@@ -194,13 +194,14 @@ def _theirs(environment: Path, models: Mapping[str, Path], name: str, scratch: P
     return lambda out: mergekit_peer.command(environment, text, scratch / "mergekit.yml", out)
 
 
-def run(command: Sequence[str], *, warm: Iterable[Path] = ()) -> Run:
-    """Run a command to its end and watch its memory. Files of the directories in `warm` are read before, and what is still on
-    its way to the disk is waited for. Raises SystemExit with the end of what it said when it fails."""
+def run(command: Sequence[str], *, warm: Iterable[Path] = (), settle: bool = False) -> Run:
+    """Run a command to its end and watch its memory. Files of the directories in `warm` are read before; `settle` waits for
+    what is still on its way to the disk. Raises SystemExit with the end of what it said when it fails."""
     for directory in warm:
         _read_all(directory)
     Path(command[-1]).parent.mkdir(parents=True, exist_ok=True)
-    os.sync()
+    if settle:
+        os.sync()
     peak, over = [0], threading.Event()
     with tempfile.TemporaryFile() as said:
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Llama checkpoints of random bf16 weights in any size, written block by block, and finetunes that differ a bit everywhere."""
+"""Llama checkpoints of random weights in any size, written block by block, and finetunes that differ a bit everywhere."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _SPREAD, _DELTA = 0.02, 0.002
 _BLOCK = 1 << 20
 
 
-def specs_of(shape: Mapping[str, int]) -> dict[str, Any]:
-    """tensor -> TensorSpec of an untied Llama in bf16."""
+def specs_of(shape: Mapping[str, int], dtype: str = "bfloat16") -> dict[str, Any]:
+    """tensor -> TensorSpec of an untied Llama."""
     import torch
 
     from components.checkpoints.source import TensorSpec
@@ -41,7 +41,7 @@ def specs_of(shape: Mapping[str, int]) -> dict[str, Any]:
     }
     shapes |= {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
     shapes["model.norm.weight"] = (hidden,)
-    return {name: TensorSpec(torch.bfloat16, size) for name, size in shapes.items()}
+    return {name: TensorSpec(getattr(torch, dtype), size) for name, size in shapes.items()}
 
 
 def nbytes(shape: Mapping[str, int]) -> int:
@@ -50,7 +50,13 @@ def nbytes(shape: Mapping[str, int]) -> int:
 
 
 def make_model(
-    out: Path, shape: Mapping[str, int], *, seed: int, base: Path | None = None, shard: int = 2 * 10**9
+    out: Path,
+    shape: Mapping[str, int],
+    *,
+    seed: int,
+    base: Path | None = None,
+    shard: int = 2 * 10**9,
+    dtype: str = "bfloat16",
 ) -> None:
     """Write a checkpoint; with `base` a finetune of that one, every weight moved by a tenth of the weights' own spread."""
     import torch
@@ -59,7 +65,7 @@ def make_model(
     from components.checkpoints.source import blocks
     from components.checkpoints.writer import CheckpointWriter
 
-    specs = specs_of(shape)
+    specs = specs_of(shape, dtype)
     before = None if base is None else SafetensorsSource(base)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.empty(_BLOCK)
@@ -69,17 +75,20 @@ def make_model(
                 values = noise[: stop - start].normal_(0, _SPREAD if before is None else _DELTA, generator=generator)
                 if before is not None:
                     values = values + before.read(name, start, stop)
-                writer.write(name, start, values.bfloat16())
+                writer.write(name, start, values.to(spec.dtype))
         writer.finish()
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shape, "tie_word_embeddings": False,
-              "torch_dtype": "bfloat16", "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
+              "torch_dtype": dtype, "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
               "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def make_family(root: Path, shape: Mapping[str, int], *, shard: int = 2 * 10**9) -> dict[str, Path]:
+def make_family(
+    root: Path, shape: Mapping[str, int], *, shard: int = 2 * 10**9, dtype: str = "bfloat16"
+) -> dict[str, Path]:
     """A base and two finetunes, `a` and `b`, under `root`."""
     found = {name: root / name for name in ("base", "a", "b")}
     for seed, (name, path) in enumerate(found.items()):
-        make_model(path, shape, seed=seed, base=None if name == "base" else found["base"], shard=shard)
+        before = None if name == "base" else found["base"]
+        make_model(path, shape, seed=seed, base=before, shard=shard, dtype=dtype)
     return found
