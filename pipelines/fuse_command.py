@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +14,9 @@ from pydantic import ValidationError
 from components.errors import ConfigError
 from components.fusion.recipe import Recipe, settings_of, told
 
+_OF_A_MASK = ("form", "rescale")
+_MOST_PROCESSES = 8
+"""By default: more of them than this wait for the disk."""
 _LINE_EVERY_S = 10.0
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -74,6 +78,99 @@ def recipe_of(
         return Recipe(aligned=aligned, finetunes=finetunes, merge=merge, fusion=fusion, **others)
     except ValidationError as error:
         raise ConfigError(f"method {method}: {told(error)}") from error
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A command line, as it came. None: not given."""
+
+    aligned: str | None
+    finetunes: Sequence[str]
+    method: str | None
+    mergekit: Path | None
+    numbers: Mapping[str, Any]
+    weights: Sequence[str]
+    layers: Sequence[str]
+    max_shard: str
+    output: Mapping[str, Any]
+    others: Mapping[str, Any]
+
+    def recipe(self) -> Recipe:
+        """Raises ConfigError for all that does not go together."""
+        numbers = {
+            **self.numbers,
+            "weights": named_numbers("--weight", self.weights),
+            "layers": named_numbers("--layer", self.layers),
+        }
+        output = {**self.output, "max_shard_bytes": size_in_bytes(self.max_shard)}
+        if self.mergekit is None:
+            if self.aligned is None or not self.finetunes:
+                raise ConfigError("give --aligned and at least one --finetune, or a --mergekit config")
+            return recipe_of(
+                aligned=self.aligned, finetunes=named_finetunes(self.finetunes),
+                method=self.method or "task_arithmetic", numbers=numbers, output=output, **self.others,
+            )  # fmt: skip
+        given = [key for key, value in numbers.items() if value not in (None, {}) and key not in _OF_A_MASK]
+        if self.aligned or self.finetunes or self.method or given:
+            raise ConfigError("a --mergekit config says which models, which method and which numbers: leave those out")
+        return self._carried_over(self.mergekit, {key: numbers[key] for key in _OF_A_MASK}, output)
+
+    def _carried_over(self, path: Path, form: Mapping[str, Any], output: Mapping[str, Any]) -> Recipe:
+        from components.checkpoints.reference import open_checkpoint
+        from components.fusion.mergekit import read_recipe
+
+        read = read_recipe(path)
+        every = (read.aligned, *read.finetunes.values())
+        foreign = [
+            str(one) for one in every if one.adapter and (one is read.aligned or one.model != read.aligned.model)
+        ]
+        if foreign:
+            raise ConfigError(
+                f"{path}: {', '.join(foreign)}: an adapter over another model than the base {read.aligned.model} is merged "
+                "with PEFT first"
+            )
+        aligned, *finetunes = (_beside(path, one.adapter or one.model) for one in every)
+        settings = read.settings(open_checkpoint(aligned).source.names())
+        others = dict(self.others)
+        if others["vocabulary"] == "error":
+            others["vocabulary"] = read.vocabulary
+        for note in read.notes:
+            sys.stderr.write(f"{path}: {note}\n")
+        return recipe_of(
+            aligned=aligned,
+            finetunes=dict(zip(read.finetunes, finetunes, strict=True)),
+            method=settings.pop("method"),
+            numbers={**settings, **form},
+            output={**output, "output_dtype": output["output_dtype"] or read.output_dtype},
+            **others,
+        )
+
+
+def fuse_typed(typed: Typed, out: Path, *, processes: int | None, durable: bool, overwrite: bool) -> None:
+    """Make it, and say so."""
+    recipe = typed.recipe()
+    from components.fusion.job import fuse  # torch: when all that needs none has been said
+    from components.workers import available_processes
+
+    progress = FuseProgress()
+    try:
+        fused = fuse(
+            recipe,
+            out,
+            processes=processes or min(_MOST_PROCESSES, available_processes()),
+            durable=durable,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    finally:
+        progress.end()
+    sys.stdout.write(outcome(fused.directory, fused.record, made=fused.made))
+
+
+def _beside(config: Path, reference: str) -> str:
+    """A relative directory of a config is one beside it, unless it is one from here."""
+    there = config.parent / reference
+    return str(there) if not Path(reference).exists() and there.exists() else reference
 
 
 class FuseProgress:

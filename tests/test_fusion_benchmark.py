@@ -67,7 +67,10 @@ def test_memory_is_that_of_all_processes_together(tmp_path: Path) -> None:
     assert 1.5 < found.seconds < 60
     # A mapped file is not anonymous, however much of it is in memory.
     (tmp_path / "file").write_bytes(bytes(100 * mib))
-    mapped = "import mmap, sys, time; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=1); len(m[::64]); time.sleep(0.2)"
+    mapped = (
+        "import mmap, sys, time; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=1); len(m[::64]); "
+        "time.sleep(0.2)"
+    )
     assert fusion.run([sys.executable, "-c", mapped, str(tmp_path / "file")]).peak < 50 * mib
 
 

@@ -19,6 +19,7 @@ from components.fusion.inputs import Block, Kernel, Mask, TensorInputs
 from components.fusion.merging import MergedSource, same_bits
 from components.fusion.methods import method_named
 from components.fusion.restoration import Lineage
+from components.fusion.rounding import to_bf16_stochastic
 from components.fusion.settings import FusionSettings
 
 BLOCK = 262_144
@@ -135,7 +136,7 @@ class FusedSource:
                 raise CheckpointError(f"{name} holds integers that differ between the two models; they cannot be fused")
             return FusedBlock(start, stop, a.to(spec.dtype), a, f)
         fused = self._kernel(name, spec)(Block(start, stop, a, f))
-        values = fused.to(spec.dtype)
+        values = self._rounded(fused, spec.dtype, name, start)
         # bf16 reaches as far as fp32, whose sum is twice as fast.
         looked_at = values if spec.dtype == torch.float16 else fused
         if not math.isfinite(float(looked_at.sum(dtype=torch.float32))):
@@ -143,6 +144,11 @@ class FusedSource:
             inputs = {one: source.read(name, start, stop) for one, source in members.items()} or {"finetune": f}
             refuse_not_finite(name, spec.shape, start, {**inputs, "aligned": a, "fused": values})
         return FusedBlock(start, stop, values, a, f)
+
+    def _rounded(self, fused: torch.Tensor, dtype: torch.dtype, name: str, start: int) -> torch.Tensor:
+        if self.settings.rounding == "stochastic" and (fused.dtype, dtype) == (torch.float32, torch.bfloat16):
+            return to_bf16_stochastic(fused, seed=0, name=name, start=start)
+        return fused.to(dtype)
 
     def settled(self) -> FusionSettings:
         """Settings that decide by themselves for each tensor. Where the settings compare tensors (`lowest`), the first call

@@ -19,18 +19,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from components.checkpoints.compare import require_compatible, require_near
 from components.checkpoints.journal import Journal
-from components.checkpoints.reference import Checkpoint, open_checkpoint
-from components.checkpoints.source import TensorSource
+from components.checkpoints.safetensors import read_json
 from components.checkpoints.stream import Progress, Put, Written, part_size, stream
 from components.checkpoints.writer import copy_side_files, write_json
-from components.errors import CheckpointError, RealignError, StorageError
+from components.errors import StorageError
 from components.fusion.card import model_card
 from components.fusion.fuse import widest
 from components.fusion.fused import FusedSource, one_thread
 from components.fusion.merge_settings import MERGE_PAPERS
 from components.fusion.merging import MergedSource, find_thresholds
+from components.fusion.models import Models, open_models, versions
 from components.fusion.recipe import Recipe
 from components.masks.artifact import MaskArtifact
 from components.records import RECORD_FILE
@@ -38,7 +37,6 @@ from components.storage import storage_errors
 
 BLOCK = 131_072
 """Elements worked on at once (measured: with several models at hand, half of what one finetune's fusion takes)."""
-_NEAR_SAMPLE = 4096
 CARD_FILE = "README.md"
 
 
@@ -73,7 +71,7 @@ def fuse(
     """
     began = time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    models = _opened(recipe)
+    models = open_models(recipe)
     plan = _plan(recipe, models)
     parts = {**plan, "part": part_size()}
     partial = out.parent / f".{out.name}.partial"
@@ -101,50 +99,13 @@ def fuse(
     return Fused(out, record, made=True)
 
 
-@dataclass(frozen=True)
-class _Models:
-    aligned: Checkpoint
-    finetunes: dict[str, Checkpoint]
-    unaligned: Checkpoint | None
-
-    def every(self) -> dict[str, Checkpoint]:
-        found = {"aligned": self.aligned, **self.finetunes}
-        return found | ({"unaligned": self.unaligned} if self.unaligned else {})
-
-
-def _opened(recipe: Recipe) -> _Models:
-    """All models, or everything that is wrong with any of them."""
-    aligned = open_checkpoint(Path(recipe.aligned))
-    problems: list[str] = []
-    found: dict[str, Checkpoint] = {}
-    others = dict(recipe.finetunes) | ({"": recipe.unaligned} if recipe.unaligned else {})
-    for name, reference in others.items():
-        try:
-            opened = open_checkpoint(Path(reference), base=aligned.path)
-            require_compatible(aligned, opened)
-            if name and opened.base is None:  # an adapter was held against its base as it was opened
-                require_near(aligned, opened, sample=_NEAR_SAMPLE)
-        except RealignError as error:
-            problems.append(str(error))
-        else:
-            found[name] = opened
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    unaligned = found.pop("", None)
-    return _Models(aligned, found, unaligned)
-
-
-def _plan(recipe: Recipe, models: _Models) -> dict[str, Any]:
+def _plan(recipe: Recipe, models: Models) -> dict[str, Any]:
     """Everything that decides the bytes: the recipe, and which files were read."""
-    inputs = {role: {str(f): _version(f) for f in model.files} for role, model in models.every().items()}
-    if recipe.mask is not None:
-        inputs["mask"] = {str(f): _version(f) for f in sorted(recipe.mask.iterdir())}
-    return {"recipe": recipe.model_dump(mode="json"), "inputs": inputs, "code": _version_of("safety-realign")}
-
-
-def _version(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "inputs": versions(models, recipe.mask),
+        "code": _version_of("safety-realign"),
+    }
 
 
 def _version_of(package: str) -> str:
@@ -186,7 +147,7 @@ def _alone(partial: Path) -> Iterator[None]:
         yield
 
 
-def _fused(recipe: Recipe, models: _Models, processes: int) -> FusedSource:
+def _fused(recipe: Recipe, models: Models, processes: int) -> FusedSource:
     sources = {name: model.source for name, model in models.finetunes.items()}
     aligned = models.aligned.source
     finetune = next(iter(sources.values()))
@@ -196,24 +157,22 @@ def _fused(recipe: Recipe, models: _Models, processes: int) -> FusedSource:
             with one_thread():
                 thresholds = find_thresholds(aligned, sources, recipe.merge, processes=processes)
         finetune = MergedSource(aligned, sources, recipe.merge, thresholds)
-    return FusedSource(
+    source = FusedSource(
         aligned=aligned,
         finetune=finetune,
         settings=recipe.fusion,
         mask=MaskArtifact.open(recipe.mask) if recipe.mask else None,
         unaligned=models.unaligned.source if models.unaligned else None,
-        stored=[_stored(one) for one in (models.aligned, *models.finetunes.values())],
+        safe=models.safe.source if models.safe else None,
+        stored=models.stored(),
     )
-
-
-def _stored(checkpoint: Checkpoint) -> TensorSource:
-    """What says in which dtype a model is kept: an adapter's sums are in fp32 only while they are made."""
-    return checkpoint.base.source if checkpoint.base is not None else checkpoint.source
+    source.settled()  # what takes a look at all tensors, before there are several processes
+    return source
 
 
 def _write(
     source: FusedSource,
-    models: _Models,
+    models: Models,
     model: Path,
     journal: Journal,
     processes: int,
@@ -244,20 +203,23 @@ def _write(
     )
 
 
-def _side_files(source: FusedSource, models: _Models, model: Path) -> list[str]:
-    """One finetune's tokenizer and configs; of several, the aligned model's."""
+def _side_files(source: FusedSource, models: Models, model: Path) -> list[str]:
+    """One finetune's configs; of several, the aligned model's."""
     own = next(iter(models.finetunes.values())) if len(models.finetunes) == 1 else models.aligned
-    return copy_side_files(
+    files = copy_side_files(
         model_dir=own.model_dir,
-        tokenizer_dir=own.tokenizer_dir,
+        tokenizer_dir=models.tokenizer.tokenizer_dir,
         out_dir=model,
         dtype=widest(source.spec(name).dtype for name in source.names()),
         fallback_dir=models.aligned.model_dir,
     )
+    if models.config_changes:
+        write_json(model / "config.json", read_json(model / "config.json") | dict(models.config_changes))
+    return files
 
 
 def _record(
-    recipe: Recipe, models: _Models, source: FusedSource, written: Written, plan: dict[str, Any]
+    recipe: Recipe, models: Models, source: FusedSource, written: Written, plan: dict[str, Any]
 ) -> dict[str, Any]:
     parts: dict[str, list[bool]] = {}
     for (name, _, _), note in written.notes.items():
@@ -270,7 +232,7 @@ def _record(
         "papers": _papers(recipe, source),
         "recipe": plan["recipe"],
         "inputs": {
-            role: {"path": str(one.path), "kind": one.kind, "files": plan["inputs"][role]}
+            role: {"model": one.where, "kind": one.kind, "files": plan["inputs"][role]}
             for role, one in models.every().items()
         },
         "tensors": len(source.names()),
@@ -280,7 +242,7 @@ def _record(
         "bytes_read": written.bytes_read,
         "bytes_written": written.bytes_written,
         "gb_per_s": round(written.gb_per_s, 3),
-        "notes": [note for one in models.every().values() for note in one.notes],
+        "notes": list(models.notes),
         "environment": {name: _version_of(name) for name in ("safety-realign", "torch")},
     }
 

@@ -27,6 +27,8 @@ class Recipe(BaseModel):
     """name -> reference."""
     unaligned: str | None = None
     """The model that the aligned one was made from."""
+    safe: str | None = None
+    """safe_merge: a finetune that was made safe."""
     mask: Path | None = None
     """A trained mask's directory."""
     merge: MergeSettings | None = None
@@ -35,8 +37,8 @@ class Recipe(BaseModel):
     """What is done with the finetune, or the merged ones."""
     vocabulary: Literal["error", "pad", "truncate"] = "error"
     """Where numbers of tokens differ."""
-    missing: Literal["error", "keep"] = "error"
-    """Where a tensor is on one side only."""
+    one_sided: Literal["error", "keep", "drop"] = "error"
+    """Where not all models have a tensor: keep every one, or leave out what the aligned model lacks."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -48,6 +50,9 @@ class Recipe(BaseModel):
         unknown = sorted(set(self.merge.weights) - set(self.finetunes)) if self.merge else []
         if unknown:
             raise ValueError(f"weights of {', '.join(unknown)}, the finetunes are {', '.join(self.finetunes)}")
+        names = {"aligned", "unaligned", "safe", "mask"} & set(self.finetunes)
+        if names:
+            raise ValueError(f"a finetune cannot be called {' or '.join(sorted(names))}; give it another name")
         if self.mask is not None and self.fusion.method != "masked":
             raise ValueError(f"{self.fusion.method} has no use for a mask")
         if self.mask is None and self.fusion.method == "masked":

@@ -63,12 +63,15 @@ class FusionSettings(BaseModel):
     """random_mask without a learned mask: the share of ones in every tensor."""
     output_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """None: per tensor the wider of aligned and finetune, so that a select loses no bit."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How fp32 becomes bf16: to the nearest, or by a loaded coin (counted noise), so that what is too small to be seen in one
+    weight is kept in the mean of many."""
     max_shard_bytes: int = Field(5_000_000_000, gt=0)
     """Largest weight file, in bytes (a larger tensor has a file of its own)."""
 
     @model_validator(mode="after")
     def _fields_fit_the_method(self) -> Self:
-        own = _OWN_FIELDS[self.method] | {"method", "output_dtype", "max_shard_bytes"}
+        own = _OWN_FIELDS[self.method] | {"method", "output_dtype", "rounding", "max_shard_bytes"}
         useless = sorted(self.model_fields_set - own)
         # Leaving a field at its default in so many words is no wish.
         useless = [f for f in useless if getattr(self, f) != type(self).model_fields[f].default]
