@@ -144,14 +144,15 @@ class FusedSource:
             refuse_not_finite(name, spec.shape, start, {**inputs, "aligned": a, "fused": values})
         return FusedBlock(start, stop, values, a, f)
 
-    def settled(self) -> FusionSettings:
+    def settled(self, processes: int = 1) -> FusionSettings:
         """Settings that decide by themselves for each tensor. Where the settings compare tensors (`lowest`), the first call
         looks at them all; a FusedSource that is given the result computes the same and need not look."""
         if self._settled is None:
             self._settled = self.settings
             if self.method.settle is not None and self.unaligned is not None:
                 lineage = Lineage(self.aligned, self.finetune, self.unaligned)
-                self._settled = self.method.settle(lineage, self.settings)
+                with one_thread():
+                    self._settled = self.method.settle(lineage, self.settings, processes)
         return self._settled
 
     def _kernel(self, name: str, spec: TensorSpec) -> Kernel:
