@@ -21,10 +21,10 @@ def run(context: StageContext) -> Outcome:
     model = checkpoint(context, "self")
     identity = identify(model)
     if identity.sha256 != context.spec.semantics["identity"]:
-        raise CheckpointError(f"{model.path}: has changed since this run began; run again")
+        raise CheckpointError(f"{model.where}: has changed since this run began; run again")
     notes = list(model.notes)
     if not has_tokenizer(model.tokenizer_dir):
-        raise CheckpointError(f"{model.path}: has no tokenizer; save one beside the weights")
+        raise CheckpointError(f"{model.where}: has no tokenizer; save one beside the weights")
     if context.spec.semantics["role"] != "aligned":
         aligned = checkpoint(context, "load_aligned")
         require_compatible(aligned, model)

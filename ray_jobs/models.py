@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from components.checkpoints.reference import Checkpoint, open_checkpoint
@@ -44,8 +43,8 @@ def checkpoint(context: StageContext, role: str) -> Checkpoint:
 def _open(place: dict[str, Any]) -> Checkpoint:
     base = place.get("base")
     return open_checkpoint(
-        Path(place["path"]),
-        base=Path(base) if base else None,
+        place["path"],
+        base=base or None,
         base_declared_equal=bool(place.get("base_equal", False)),
         factors=bool(place.get("factors", False)),
     )

@@ -46,7 +46,7 @@ def write_adapter_config(out_dir: Path, config: Mapping[str, Any], *, base: Chec
     """adapter_config.json as PEFT writes it, but for lists: PEFT keeps sets, whose order changes from run to run."""
     from peft import LoraConfig
 
-    LoraConfig(**config, base_model_name_or_path=str(base.path.resolve()), inference_mode=True).save_pretrained(out_dir)
+    LoraConfig(**config, base_model_name_or_path=base.lasting_name, inference_mode=True).save_pretrained(out_dir)
     written = read_json(out_dir / ADAPTER_CONFIG)
     texts = {k: v for k, v in written.items() if isinstance(v, list) and all(isinstance(i, str) for i in v)}
     write_json(out_dir / ADAPTER_CONFIG, dict(sorted({**written, **{k: sorted(v) for k, v in texts.items()}}.items())))
@@ -57,5 +57,5 @@ def copy_adapter_files(adapter: Checkpoint, out_dir: Path, *, tokenizer_dir: Pat
     names written."""
     assert adapter.base is not None
     config = read_json(adapter.path / ADAPTER_CONFIG)
-    write_json(out_dir / ADAPTER_CONFIG, {**config, "base_model_name_or_path": str(adapter.base.path.resolve())})
+    write_json(out_dir / ADAPTER_CONFIG, {**config, "base_model_name_or_path": adapter.base.lasting_name})
     return [ADAPTER_CONFIG, *copy_tokenizer(tokenizer_dir, out_dir)]

@@ -109,7 +109,7 @@ def _require_none(a: Checkpoint, b: Checkpoint, problems: list[str]) -> None:
     if problems:
         count = f"{len(problems)} difference{'s' if len(problems) > 1 else ''}"
         raise CheckpointError(
-            f"{b.path} does not fit {a.path} ({count}): {listed(problems, 12)}; give the model that it was finetuned from"
+            f"{b.where} does not fit {a.where} ({count}): {listed(problems, 12)}; give the model that it was finetuned from"
         )
 
 
@@ -143,7 +143,7 @@ def require_finite(checkpoint: Checkpoint) -> None:
     problems = check_finite(checkpoint.source)
     if problems:
         raise CheckpointError(
-            f"{checkpoint.path}: weights are not finite: {listed(problems)}; "
+            f"{checkpoint.where}: weights are not finite: {listed(problems)}; "
             "the run that made it diverged: take an earlier checkpoint"
         )
 
@@ -162,12 +162,12 @@ def relative_distance(aligned: TensorSource, other: TensorSource, *, sample: int
     return math.sqrt(apart / size) if size else 0.0
 
 
-def require_near(aligned: Checkpoint, other: Checkpoint) -> None:
+def require_near(aligned: Checkpoint, other: Checkpoint, *, sample: int = _SAMPLE) -> None:
     """Raise CheckpointError when `other` was made from another base of the same shape: their difference is no task vector."""
-    distance = relative_distance(aligned.source, other.source)
+    distance = relative_distance(aligned.source, other.source, sample=sample)
     if distance > _FAR:
         raise CheckpointError(
-            f"{other.path} differs from {aligned.path} by {distance:.2f} times the weights' own size, as models do that were "
+            f"{other.where} differs from {aligned.where} by {distance:.2f} times the weights' own size, as models do that were "
             "trained apart; give the model that it was finetuned from as the aligned one"
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from components.checkpoints.places import RemoteFile
 from components.checkpoints.source import TensorSpec
 from components.errors import CheckpointError
 
@@ -32,6 +33,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+_GUESS = 1 << 17
+"""Bytes that are asked for first of a file elsewhere."""
 _MAX_HEADER = 100_000_000  # the format's own limit; a larger number means that the file is something else
 
 
@@ -53,10 +56,11 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_header(path: Path) -> Header:
-    """Parse and check one file's header against its size. Raises CheckpointError naming the file and what is wrong."""
+def read_header(path: Path, file: RemoteFile | None = None) -> Header:
+    """Parse and check one file's header against its size: of the file at `path`, or of `file`, which `path` then only names.
+    Raises CheckpointError naming the file and what is wrong."""
     try:
-        raw, size = _raw_header(path)
+        raw, size = _raw_header(path, file)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
@@ -81,19 +85,28 @@ def read_header(path: Path) -> Header:
     return Header(path=path, tensors=tensors, end=end, metadata=metadata)
 
 
-def _raw_header(path: Path) -> tuple[bytes, int]:
+def _raw_header(path: Path, remote: RemoteFile | None) -> tuple[bytes, int]:
     """The header's JSON and the file's size."""
+    if remote is not None:
+        # One request where the header is small, as most are.
+        start = remote.read(0, min(_GUESS, remote.size))
+        length = _header_length(path, start[:8], remote.size)
+        return (start[8 : 8 + length] + remote.read(min(len(start), 8 + length), 8 + length)), remote.size
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise CheckpointError(f"{path}: not a safetensors file ({size} bytes); fetch it again")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > _MAX_HEADER:
-            raise CheckpointError(f"{path}: header is garbage (length {length}); this is not a safetensors file")
-        if 8 + length > size:
-            raise CheckpointError(f"{path}: truncated inside its header ({size} bytes); fetch it again")
+        length = _header_length(path, file.read(8), size)
         return file.read(length), size
+
+
+def _header_length(path: Path, prefix: bytes, size: int) -> int:
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: not a safetensors file ({size} bytes); fetch it again")
+    length = int(struct.unpack("<Q", prefix)[0])
+    if length > _MAX_HEADER:
+        raise CheckpointError(f"{path}: header is garbage (length {length}); this is not a safetensors file")
+    if 8 + length > size:
+        raise CheckpointError(f"{path}: truncated inside its header ({size} bytes); fetch it again")
+    return length
 
 
 def _placed(path: Path, name: str, entry: Any, data_start: int) -> Placed:

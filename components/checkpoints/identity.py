@@ -1,4 +1,4 @@
-"""What a root model *is*: the SHA-256 of its files' contents, wherever they lie.
+"""What a root model *is*: the SHA-256 of its files' contents, wherever they lie, or the checksums of the store that holds them.
 
 Hashing is cached by (path, size, mtime, inode). Paths inside JSON configs (the name that a model was saved from) are
 left out: a moved model is the same model.
@@ -10,15 +10,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from components import records
 from components.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
+    from components.checkpoints.places import RemoteFile
     from components.checkpoints.reference import Checkpoint
 
 _PATH_KEYS = ("_name_or_path", "base_model_name_or_path", "name_or_path")
@@ -28,8 +30,8 @@ _SETTLE_NS = 2_000_000_000
 
 @dataclass(frozen=True)
 class Identity:
-    """`sha256` of the canonical JSON of `files`: name -> {"bytes", "sha256"}. An adapter's include its base's as
-    base/…"""
+    """`sha256` of the canonical JSON of `files`: name -> {"bytes", "sha256"}, of a file in an object store that has no such
+    hash of it {"bytes", "etag"} and perhaps a checksum. An adapter's include its base's as base/…"""
 
     sha256: str
     files: dict[str, dict[str, Any]]
@@ -50,6 +52,10 @@ def identify(checkpoint: Checkpoint, *, cache: Path | None = None) -> Identity:
             continue
         for path in part.files:
             name = prefix + path.relative_to(part.path).as_posix()
+            remote = part.remote.get(path.name)
+            if remote is not None:
+                files[name] = {"bytes": remote.size, **remote.checksums()}
+                continue
             size = len(_without_paths(path)) if path.name in _CONFIGS else _stat(path).st_size
             files[name] = {"bytes": size, "sha256": file_sha256(path, cache=cache)}
     files = dict(sorted(files.items()))
@@ -57,10 +63,21 @@ def identify(checkpoint: Checkpoint, *, cache: Path | None = None) -> Identity:
     return Identity(sha256=hashlib.sha256(canonical.encode()).hexdigest(), files=files)
 
 
-def weights_digest(files: Iterable[Path], *, cache: Path | None = None) -> str:
-    """One hash over the contents of weight files, names left out except for their order."""
-    hashes = [file_sha256(f, cache=cache) for f in sorted(files) if f.suffix == ".safetensors"]
+def weights_digest(
+    files: Iterable[Path], *, remote: Mapping[str, RemoteFile] = MappingProxyType({}), cache: Path | None = None
+) -> str:
+    """One hash over the contents of weight files, names left out except for their order. Those in `remote` are known by their
+    store's checksums: copies of one model in different stores may then have different digests."""
+    hashes = [
+        file_sha256(f, cache=cache) if f.name not in remote else _one_checksum(remote[f.name].checksums())
+        for f in sorted(files)
+        if f.suffix == ".safetensors"
+    ]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _one_checksum(found: Mapping[str, str]) -> str:
+    return found.get("sha256") or json.dumps(found, sort_keys=True)
 
 
 def file_sha256(path: Path, *, cache: Path | None = None) -> str:

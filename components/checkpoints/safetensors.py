@@ -1,20 +1,24 @@
 """A checkpoint directory as a TensorSource: one safetensors file, or shards with an index.
 
-Opening reads headers only; a read maps the file and touches the pages of the range that is asked for.
+Opening reads headers only; a read maps the file and touches the pages of the range that is asked for. Weights that lie in an
+object store are read there by range.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from components.checkpoints.headers import Header, Placed, read_header
+from components.checkpoints.places import Located
 from components.checkpoints.quantised import quantised_config, quantised_tensors
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
+from components.checkpoints.windows import WindowedFile, Windows
 from components.errors import CheckpointError, listed
 from components.mapped import FileMap, map_file, tensor_over
 
@@ -56,16 +60,23 @@ class MappedFile:
 class SafetensorsSource:
     """TensorSource over a Hugging Face model directory with safetensors weights.
 
+    Args:
+        model: the directory, or where its files lie if not all of them lie there.
+        windows: how much of files in an object store is in memory.
+
     Raises CheckpointError listing everything that is wrong: config.json missing or quantised, pickle weights, missing
     or truncated shards, tensors that the index names and no shard has, tensors that the index does not name.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.config = read_config(directory)
-        self.files, headers = _open_weights(directory)
-        _refuse_quantised(directory, quantised_tensors(name for header in headers for name in header.tensors))
-        files = [MappedFile(header) for header in headers]
+    def __init__(self, model: Path | Located, *, windows: Windows | None = None) -> None:
+        model = Located(model, str(model)) if isinstance(model, Path) else model
+        self.directory = model.path
+        self.where = model.where
+        self.config = read_config(model.path)
+        self.files, headers = _open_weights(model)
+        _refuse_quantised(model.path, quantised_tensors(name for header in headers for name in header.tensors))
+        windows = windows or Windows()
+        files = [_reader(header, model, windows) for header in headers]
         self._files = {name: file for file in files for name in file.header.tensors}
         self._placed: dict[str, Placed] = {name: header.tensors[name] for header in headers for name in header.tensors}
         self.computed = sorted(n for n in self._placed if any(n.endswith(f".{end}") for end in _COMPUTED))
@@ -102,7 +113,7 @@ class SafetensorsSource:
     def _listed_name(self, name: str) -> str:
         name = self._aliases.get(name, name)
         if name not in self._placed:
-            raise CheckpointError(f"{self.directory}: no tensor {name}")
+            raise CheckpointError(f"{self.where}: no tensor {name}")
         return name
 
     def _tie(self) -> dict[str, str]:
@@ -168,34 +179,39 @@ def same_values(source: TensorSource, first: str, second: str) -> bool:
     return True
 
 
-def _open_weights(directory: Path) -> tuple[list[Path], list[Header]]:
-    index, single = directory / INDEX_NAME, directory / SINGLE_NAME
-    if index.is_file() and single.is_file():
-        raise CheckpointError(f"{directory}: has both {SINGLE_NAME} and {INDEX_NAME}; remove the one that is stale")
-    if single.is_file():
-        return [single], [read_header(single)]
+def _reader(header: Header, model: Located, windows: Windows) -> MappedFile | WindowedFile:
+    file = model.files.get(header.path.name)
+    return MappedFile(header) if file is None else WindowedFile(header, file, windows)
+
+
+def _open_weights(model: Located) -> tuple[list[Path], list[Header]]:
+    index, single = model.path / INDEX_NAME, model.path / SINGLE_NAME
+    if model.has(INDEX_NAME) and model.has(SINGLE_NAME):
+        raise CheckpointError(f"{model.path}: has both {SINGLE_NAME} and {INDEX_NAME}; remove the one that is stale")
+    if model.has(SINGLE_NAME):
+        return [single], [read_header(single, model.files.get(SINGLE_NAME))]
     if not index.is_file():
-        raise CheckpointError(_no_weights(directory))
+        raise CheckpointError(_no_weights(model))
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map")
-    return _open_shards(directory, weight_map)
+    return _open_shards(model, weight_map)
 
 
-def _open_shards(directory: Path, weight_map: Mapping[str, str]) -> tuple[list[Path], list[Header]]:
+def _open_shards(model: Located, weight_map: Mapping[str, str]) -> tuple[list[Path], list[Header]]:
+    directory = model.path
     problems: list[str] = []
-    headers: list[Header] = []
+    present: list[str] = []
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             problems.append(f"{INDEX_NAME} names {shard}, which is not a file of this directory")
-        elif not (directory / shard).is_file():
+        elif not model.has(shard):
             count = sum(1 for s in weight_map.values() if s == shard)
             problems.append(f"missing shard {shard} ({count} tensors): copy it again")
         else:
-            try:
-                headers.append(read_header(directory / shard))
-            except CheckpointError as error:
-                problems.append(str(error).removeprefix(f"{directory}/"))
+            present.append(shard)
+    headers, unreadable = _read_headers(model, present)
+    problems += unreadable
     seen: dict[str, str] = {}
     for header in headers:
         shard = header.path.name
@@ -215,8 +231,26 @@ def _open_shards(directory: Path, weight_map: Mapping[str, str]) -> tuple[list[P
     return [directory / INDEX_NAME, *(header.path for header in headers)], headers
 
 
-def _no_weights(directory: Path) -> str:
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
+def _read_headers(model: Located, shards: list[str]) -> tuple[list[Header], list[str]]:
+    """Headers in order, and what is wrong with the others. Files elsewhere are asked side by side."""
+
+    def one(shard: str) -> Header | str:
+        try:
+            return read_header(model.path / shard, model.files.get(shard))
+        except CheckpointError as error:
+            return str(error).removeprefix(f"{model.path}/")
+
+    if model.files:
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            found = list(pool.map(one, shards))
+    else:
+        found = [one(shard) for shard in shards]
+    return [f for f in found if isinstance(f, Header)], [f for f in found if isinstance(f, str)]
+
+
+def _no_weights(model: Located) -> str:
+    directory = model.path
+    pickles = model.names(".bin", ".pt", ".pth", ".ckpt")
     if pickles:
         return (
             f"{directory}: only pickle weights ({listed(pickles, 2)}), which can run code when loaded; "
