@@ -88,17 +88,17 @@ def test_opened_by_url(local: Path, store: Store) -> None:
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_two_processes_read_what_the_parent_opened(method: str, local: Path, store: Store) -> None:
+@pytest.mark.parametrize(("method", "count"), [("fork", 2), ("spawn", 1)])
+def test_processes_read_what_the_parent_opened(method: str, count: int, local: Path, store: Store) -> None:
     source = open_checkpoint(store.upload(local / "aligned", "aligned")).source
     expected = _digest(SafetensorsSource(local / "aligned"))
     assert _digest(source) == expected  # the parent's connections and windows are open
     context = multiprocessing.get_context(method)
     queue = context.Queue()
-    workers = [context.Process(target=_send_digest, args=(source, queue)) for _ in range(2)]
+    workers = [context.Process(target=_send_digest, args=(source, queue)) for _ in range(count)]
     for worker in workers:
         worker.start()
-    assert [queue.get(timeout=60) for _ in workers] == [expected, expected]
+    assert [queue.get(timeout=60) for _ in workers] == [expected] * count
     for worker in workers:
         worker.join()
     assert _digest(source) == expected
@@ -277,12 +277,13 @@ def test_a_store_that_is_not_there(store: Store, monkeypatch: pytest.MonkeyPatch
 
     waits: list[float] = []
     monkeypatch.setattr(stores.time, "sleep", waits.append)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(
         CheckpointError, match=r"cannot be reached; look at AWS_ENDPOINT_URL \(http://127\.0\.0\.1:9\)"
     ) as caught:
         open_checkpoint(store.url("m"))
-    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:secret@127.0.0.1:9")
+    assert "secret" not in stores.explain(caught.value, store.url("m"), "read")
     assert len(waits) == stores.ATTEMPTS - 1
 
 
