@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from pathlib import Path
 
 from components.checkpoints.adapter_parsing import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -34,7 +33,7 @@ def hub_snapshot(model: HubId) -> Located:
     weights = [SINGLE_NAME, ADAPTER_WEIGHTS]
     if (path / INDEX_NAME).is_file():
         weight_map = read_json(path / INDEX_NAME).get("weight_map")
-        weights += sorted({fnmatch_literal(f) for f in weight_map.values()}) if isinstance(weight_map, dict) else []
+        weights += sorted({only(f) for f in weight_map.values()}) if isinstance(weight_map, dict) else []
     _fetch(model, commit, [*_SMALL, *weights])
     note = f"{model.repo} of the hub at commit {commit}"
     if model.revision != commit:
@@ -42,11 +41,9 @@ def hub_snapshot(model: HubId) -> Located:
     return Located(path, f"hf://{model.repo}@{commit}", notes=(note,))
 
 
-def fnmatch_literal(name: str) -> str:
+def only(name: str) -> str:
     """A pattern that only this name matches."""
-    literal = "".join(f"[{c}]" if c in "*?[" else c for c in name)
-    assert fnmatch.fnmatchcase(name, literal), name
-    return literal
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _fetch(model: HubId, revision: str | None, patterns: list[str]) -> Path:

@@ -123,14 +123,11 @@ class Output:
         self._remove(sorted(name for name in there if name.startswith(f"{UNFINISHED}/")))
 
     def _files(self) -> dict[str, RemoteFile]:
-        fs, path = filesystem(self.url)
-        if not ask(self.url, "write", lambda: fs.exists(path.split("/", 1)[0])):
-            raise StorageError(f"{self.url}: there is no such bucket; make it, or look at AWS_ENDPOINT_URL")
         try:
             return list_files(self.url)
         except CheckpointError as error:
             if isinstance(error.__cause__, FileNotFoundError):
-                return {}
+                return {}  # a bucket that is not there refuses the first write
             raise StorageError(str(error)) from error
 
     def _whole(self, files: Mapping[str, RemoteFile]) -> dict[str, Written]:

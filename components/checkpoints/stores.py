@@ -124,9 +124,11 @@ def explain(error: BaseException, url: str, doing: Doing) -> str:
             f"{url}: the store does not let you {doing} it ({_first_line(error)}); give credentials that may: AWS_PROFILE, or "
             f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY{public}"
         )
+    if isinstance(error, FileNotFoundError) and doing == "write":
+        return f"{url}: there is no such bucket; make it, or look at {at}"
     if isinstance(error, FileNotFoundError):
         return f"{url}: is not there; look at bucket and prefix, and at {at}"
-    if _named(error, ("FileExpired",)) or "pre-condition" in str(error).lower():
+    if _named(error, ("FileExpired",)) or "precondition" in str(error).lower().replace("-", ""):
         return f"{url}: has changed since it was opened; run again when nobody writes there"
     if _named(error, _CONNECTION):
         return f"{url}: the store cannot be reached; look at {at} and at the network"
