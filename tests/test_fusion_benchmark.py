@@ -88,16 +88,18 @@ def test_a_leg_that_fails_is_quoted() -> None:
         fusion.run([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"])
 
 
-def test_it_runs_without_mergekit_and_says_so(tmp_path: Path) -> None:
+def test_it_runs_without_mergekit_says_so_and_compares_outputs(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fusion", "--quick", "--legs", "mergekit", "loop", "--mergekit", "none",
+        [sys.executable, "-m", "benchmarks.fusion", "--quick", "--mergekit", "none",
          "--scratch", str(tmp_path)],
         capture_output=True, text=True, check=True, cwd=fusion.ROOT,
     )  # fmt: skip
     assert "mergekit left out" in done.stdout
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["seconds"].keys() == report["memory_mib"].keys() == {"bare loop"}
-    assert report["ratios"] == {}
+    ours = {f"ours {method}" for method in fusion.METHODS}
+    assert report["seconds"].keys() == report["memory_mib"].keys() == ours | {"bare loop"}
+    assert report["ratios"].keys() == {"task_arithmetic_vs_bare_loop"}
+    assert "ours and the bare loop: the same bits in all 869504 weights" in done.stdout
     assert list(tmp_path.iterdir()) == []
     found, said = mergekit_peer.environment(str(tmp_path), tmp_path)
     assert found is None
