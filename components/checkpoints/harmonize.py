@@ -14,7 +14,7 @@ from typing import Any
 
 from components.checkpoints.common import ALIGNED, OneSidedPolicy, Plan, VocabularyPolicy
 from components.checkpoints.compare import compare_configs, compare_scalings, tensor_differences
-from components.checkpoints.patched import PatchedSource
+from components.checkpoints.patched import Part, Patched, PatchedSource
 from components.checkpoints.reference import Checkpoint
 from components.checkpoints.source import InFiles, TensorSource
 from components.checkpoints.vocabularies import clashes, same_tokenizer_file, token_ids
@@ -73,14 +73,31 @@ def harmonize(
 
 
 def _wrapped(model: Checkpoint, plan: Plan, label: str, changes: Mapping[str, Any]) -> Checkpoint:
-    """The model with its common tensors, its source untouched where they are its own."""
+    """The model with its common tensors (an adapter's base too), its source untouched where they are its own."""
     source, tensors = model.source, plan.tensors[label]
     as_it_was = set(tensors) == set(source.names()) and all(
         len(tensor.parts) == 1 and tensor.parts[0].holders == ((source, name),) and tensor.spec == source.spec(name)
         for name, tensor in tensors.items()
     )
     config = {**model.config, **changes}
-    return replace(model, config=config, source=source if as_it_was else PatchedSource(tensors, plan.aliases))
+    if as_it_was:
+        return replace(model, config=config)
+    base = model.base
+    if base is not None:
+        base = replace(base, source=PatchedSource(_without(model, base, tensors), plan.aliases), config=config)
+    return replace(model, config=config, source=PatchedSource(tensors, plan.aliases), base=base)
+
+
+def _without(model: Checkpoint, base: Checkpoint, tensors: Mapping[str, Patched]) -> dict[str, Patched]:
+    """What the model reads without its adapter: the base's own where it has the tensor in that shape."""
+    known = {*base.source.names(), *base.source.aliases()}
+    found = {}
+    for name, tensor in tensors.items():
+        own = tensor.parts[0].holders == ((model.source, name),) and len(tensor.parts) == 1 and name in known
+        spec = base.source.spec(name) if own else tensor.spec
+        plain = own and spec.shape == tensor.spec.shape
+        found[name] = Patched(spec, (Part(spec.numel, ((base.source, name),)),)) if plain else tensor
+    return found
 
 
 def _config_changes(models: Mapping[str, Checkpoint], plan: Plan) -> dict[str, Any]:

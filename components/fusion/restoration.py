@@ -258,7 +258,9 @@ def _factors(lineage: Lineage, name: str) -> tuple[torch.Tensor, torch.Tensor, L
     """A [r, in] and B [out, r] in fp32 of a finetune that is a LoRA over the aligned model and adapts this matrix."""
     source = lineage.finetune
     pair = source.pairs().get(name) if isinstance(source, LoraSource) else None
-    if pair is None or not isinstance(source, LoraSource) or not _equal(source.base, lineage.aligned, name):
+    if pair is None or not isinstance(source, LoraSource) or pair.magnitude is not None:
+        return None  # DoRA rescales the base too
+    if not _equal(source.base, lineage.aligned, name):
         return None
     a, b = (
         source.weights.read(key, 0, spec.numel).reshape(spec.shape).float()

@@ -143,6 +143,23 @@ def test_an_adapter_that_brings_new_tokens(make: Any, whole: bool, tmp_path: Pat
     assert (found.config_changes, alike.config_changes) == ({"vocab_size": 72}, {"vocab_size": 72})
 
 
+def test_the_base_of_an_adapter_has_the_common_tensors_too(tmp_path: Path) -> None:
+    base = save(qwen(0, torch.bfloat16), tmp_path / "base")
+    adapter = make_adapter(qwen(0, torch.bfloat16), tmp_path / "lora", base=base, target_modules=["q_proj"])
+    full = save(perturbed(qwen(0, torch.bfloat16, tie_word_embeddings=False), 1), tmp_path / "full")
+    finetunes = {"lora": open_checkpoint(adapter, base=base), "full": open_checkpoint(full)}
+    found = harmonize(open_checkpoint(base), finetunes)
+    lora = found.finetunes["lora"]
+    assert lora.base is not None
+    assert HEAD in lora.base.source.names()
+    adapted = [
+        n for n in lora.source.names() if not same_bits(read_whole(lora.source, n), read_whole(lora.base.source, n))
+    ]
+    assert adapted == ["model.layers.0.self_attn.q_proj.weight"]
+    for name in lora.base.source.names():
+        assert same_bits(read_whole(lora.base.source, name), read_whole(found.aligned.source, name))
+
+
 def test_experts_in_one_tensor(tmp_path: Path) -> None:
     model = tiny_model("moe", vocabulary=40)
     changed = {label: moved(model, seed=seed) for seed, label in enumerate(("code", "math"), 1)}

@@ -260,10 +260,12 @@ def test_a_lora_is_projected_by_its_factors(case: str, tile: int, tmp_path: Path
     assert set(cosines(lineage)) == set(pairs)  # nothing else was changed
 
 
-def test_a_lora_over_another_base_changed_more_than_its_factors_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True], ids=["another base", "dora"])
+def test_an_adapter_may_have_changed_more_than_its_factors_say(dora: bool, tmp_path: Path) -> None:
+    """A LoRA over another base than the aligned model, and a DoRA over that very one."""
     save(llama(0), tmp_path / "base")
-    make_adapter(llama(0), tmp_path / "lora", base=tmp_path / "base", target_modules=["q_proj"], r=2)
-    save(perturbed(llama(0), 1), tmp_path / "aligned")
+    make_adapter(llama(0), tmp_path / "lora", base=tmp_path / "base", target_modules=["q_proj"], r=2, use_dora=dora)
+    save(llama(0) if dora else perturbed(llama(0), 1), tmp_path / "aligned")
     save(perturbed(llama(0), 2), tmp_path / "unaligned")
     aligned, unaligned = (open_checkpoint(tmp_path / n).source for n in ("aligned", "unaligned"))
     lora = open_checkpoint(tmp_path / "lora", base=tmp_path / "base").source
