@@ -98,6 +98,96 @@ def plan(
 
 
 @app.command()
+def fuse(
+    out: Annotated[Path, typer.Option(help="The directory that the fused model gets.")],
+    aligned: Annotated[
+        str | None,
+        typer.Option(help="The aligned model: a directory, s3://bucket/prefix, or owner/name@revision of the hub."),
+    ] = None,
+    finetune: Annotated[
+        list[str] | None,
+        typer.Option(help="A finetune of it (full, or a LoRA adapter), as name=model. Several for a merge."),
+    ] = None,
+    mergekit: Annotated[
+        Path | None, typer.Option(help="A mergekit config to carry over, instead of models, method and numbers.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="task_arithmetic, average, ties, dare, dare_ties or slerp, of one finetune or several and with or without "
+            "--mask; masked, interpolation, resta, safe_lora, safe_merge or lox, of one. By default task_arithmetic."
+        ),
+    ] = None,
+    unaligned: Annotated[
+        str | None, typer.Option(help="What the aligned model was made from; some methods need it.")
+    ] = None,
+    safe: Annotated[str | None, typer.Option(help="safe_merge: a finetune that was made safe.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="A trained mask's directory.")] = None,
+    form: Annotated[str | None, typer.Option(help="Of the mask: soft or binary.")] = None,
+    rescale: Annotated[str | None, typer.Option(help="Of the mask: mean (divide by its mean) or none.")] = None,
+    scale: Annotated[float | None, typer.Option(help="λ, the factor on the task vector.")] = None,
+    weight: Annotated[list[str] | None, typer.Option(help="A finetune's own factor, as name=number.")] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="A factor for tensors of a name, as pattern=number (*.mlp.*=0.5); first match."),
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of a task vector that ties or dare keep.")] = None,
+    threshold: Annotated[str | None, typer.Option(help="ties: by tensor, or over the whole model.")] = None,
+    aggregate: Annotated[str | None, typer.Option(help="ties: mean or sum of those that agree.")] = None,
+    seed: Annotated[int | None, typer.Option(help="dare: which weights are dropped.")] = None,
+    t: Annotated[float | None, typer.Option(help="slerp: where between the two.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="interpolation: 0 is the aligned model, 1 the finetune.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="resta, lox: factor on the safety vector.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="lox: rank of what is added to each matrix.")] = None,
+    similarity: Annotated[
+        float | None, typer.Option(help="safe_lora, safe_merge: restore matrices of at most this cosine.")
+    ] = None,
+    lowest: Annotated[int | None, typer.Option(min=1, help="The same: restore so many of the lowest.")] = None,
+    safe_share: Annotated[float | None, typer.Option(help="safe_merge: share of the safe part.")] = None,
+    vocabulary: Annotated[
+        str,
+        typer.Option(help="Where numbers of tokens differ: error, pad (the most) or truncate (the aligned model's)."),
+    ] = "error",
+    one_sided: Annotated[
+        str, typer.Option(help="Where not all have a tensor: error, keep, or drop what the aligned model lacks.")
+    ] = "error",
+    rounding: Annotated[str | None, typer.Option(help="To bf16: nearest or stochastic.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default as the models are kept.")
+    ] = None,
+    max_shard: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Working side by side; by default one a CPU, 8 at most.")
+    ] = None,
+    durable: Annotated[bool, typer.Option(help="Wait until the model would survive a power cut.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is there, once the new model is whole.")] = False,
+) -> None:
+    """Fuse finetunes with the aligned model into one model directory, ready for transformers.
+
+    The model has its name when it is whole; run the same command again to go on after an interruption.
+    """
+    with _interruptible("the same command continues"):
+        from pipelines.fuse_command import Typed, fuse_typed
+
+        fuse_typed(
+            Typed(
+                aligned=aligned, finetunes=finetune or [], method=method, mergekit=mergekit, weights=weight or [],
+                layers=layer or [], max_shard=max_shard,
+                numbers={
+                    "form": form, "rescale": rescale, "scale": scale, "density": density, "threshold": threshold,
+                    "aggregate": aggregate, "seed": seed, "t": t, "alpha": alpha, "gamma": gamma, "rank": rank,
+                    "similarity": similarity, "lowest": lowest, "safe_share": safe_share,
+                },
+                output={"output_dtype": dtype, "rounding": rounding},
+                others={
+                    "unaligned": unaligned, "safe": safe, "mask": mask, "vocabulary": vocabulary, "one_sided": one_sided
+                },
+            ),
+            out, processes=processes, durable=durable, overwrite=overwrite,
+        )  # fmt: skip
+
+
+@app.command()
 def status(workspace: Annotated[Path, typer.Argument(help="The workspace directory of a run.")]) -> None:
     """Say where a run stands, also while it runs or after it was killed."""
     from pipelines.status import run_status

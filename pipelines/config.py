@@ -14,7 +14,9 @@ from pydantic import ValidationError, model_validator
 
 from components.errors import ConfigError
 from components.evaluation.settings import SetSettings
+from components.fusion.merge_settings import merge_problems
 from components.masks.data import PreferenceData
+from components.yaml_lines import LocatedYaml, Location
 from pipelines.sections import (
     AdapterSection,
     CheckpointDirectory,
@@ -29,7 +31,6 @@ from pipelines.sections import (
     TrackingSection,
     is_adapter,
 )
-from pipelines.yaml_lines import LocatedYaml, Location
 
 NOT_BUILT = {
     "landscape": "the safety landscape",
@@ -139,6 +140,8 @@ class RunConfig(Section):
                 )
             elif len(members) < 2:
                 problems.append(f"merge {merge.name} is of fewer than two finetunes")
+            else:
+                problems += [f"merge {merge.name}: {p}" for p in merge_problems(merge, members)]
         return problems
 
     def _track_problems(self) -> list[str]:
@@ -207,7 +210,7 @@ class RunConfig(Section):
 
 def load_config(path: Path) -> RunConfig:
     """Read and check a run config. Raises one ConfigError that lists everything wrong with it."""
-    document = LocatedYaml(path)
+    document = LocatedYaml(path, meant="a run config is a mapping of sections (name, aligned, finetunes, …)")
     problems = [
         (document.line((key,)), f"{key}: {what} is not built in this version; remove the section")
         for key, what in NOT_BUILT.items()

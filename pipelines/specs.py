@@ -88,7 +88,7 @@ def _merge(node: Node, config: RunConfig, roots: Roots) -> Parts:
     merge = config.merge_named(node.finetune)
     assert merge is not None
     settings = merge.model_dump(mode="json", exclude={"name", "of"})
-    if merge.method in ("ties", "dare"):
+    if merge.method in ("ties", "dare", "dare_ties"):
         settings["density"] = merge.kept  # the default written out is no other merge
     return {"merge": settings, "finetunes": [f.name for f in config.members(merge.name)]}, {}
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from components.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraSource
+from components.checkpoints.adapter_parsing import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from components.checkpoints.adapters import LoraSource
 from components.checkpoints.reference import Checkpoint
 from components.checkpoints.safetensors import read_json
 from components.checkpoints.source import TensorSpec

@@ -1,68 +1,39 @@
-"""A PEFT LoRA adapter over its base as a TensorSource: every tensor is merged as it is read, nothing is written.
+"""A PEFT LoRA or DoRA adapter over its base as a TensorSource: every tensor is merged as it is read, nothing is written.
 
-LoRA: https://arxiv.org/abs/2106.09685, rsLoRA: https://arxiv.org/abs/2312.03732. The result is what PEFT's
-`merge_and_unload` gives on the base loaded in fp32: `W.float() + (B A) * scaling`, all in fp32, so an adapted tensor's
-dtype here is fp32 whatever the base's: rounding the sum to bf16 would lose part of the delta. Products are taken over
-fixed row tiles (below), which makes a value independent of the range it was read with; against PEFT's one product over
-the whole matrix it may differ in the last bits of the fp32 sum over the rank.
+LoRA: https://arxiv.org/abs/2106.09685, rsLoRA: https://arxiv.org/abs/2312.03732, DoRA: https://arxiv.org/abs/2402.09353. The
+result is what PEFT's `merge_and_unload` gives on the base loaded in fp32, all in fp32, so an adapted tensor's dtype here is
+fp32 whatever the base's (rounding the sum to bf16 would lose part of the delta):
+
+    LoRA  W' = V,  V = W + (B A) * scaling
+    DoRA  W' = V * m / ‖V‖,  one magnitude m and one norm for each output, over its inputs
+
+Products are taken over fixed row tiles (below), which makes a value independent of the range it was read with; against
+PEFT's one product over the whole matrix it may differ in the last bits of the fp32 sum over the rank. DoRA's norms are summed
+in fp64, where PEFT does it in fp32. In a weight that is stored as (in, out) an output is a column: its norms take a pass of
+their own over the tensor, once.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from components.checkpoints.headers import Header, read_header
-from components.checkpoints.safetensors import MappedFile, read_json
-from components.checkpoints.source import TensorSource, TensorSpec
+from components.checkpoints.adapter_parsing import (
+    ADAPTER_CONFIG,
+    LoraPair,
+    Parsed,
+    fit,
+    open_weights,
+    read_adapter_config,
+)
+from components.checkpoints.safetensors import MappedFile
+from components.checkpoints.source import InFiles, TensorSource, TensorSpec
 from components.errors import CheckpointError, listed
 from components.mapped import drop
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 _TILE_ELEMENTS = 1 << 20
-_FACTORS = {
-    ".lora_A.weight": ("A", False),
-    ".lora_B.weight": ("B", False),
-    ".lora_embedding_A": ("A", True),
-    ".lora_embedding_B": ("B", True),
-}
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt"})  # their layers keep weights as (in, out)
-_PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "true", "false"})
-_REFUSED: Mapping[str, str] = {
-    "use_dora": "DoRA is not supported: it rescales whole rows of the base; merge it with PEFT and give the result",
-    "use_qalora": "QALoRA pools its inputs and has no plain merged weight",
-    "lora_bias": "a bias inside LoRA (lora_bias) is not supported; merge it with PEFT and give the result",
-    "alora_invocation_tokens": "activated LoRA switches on in mid-prompt and cannot be merged",
-    "target_parameters": "LoRA on bare parameters (target_parameters) is not supported; merge it with PEFT",
-    "trainable_token_indices": "trained single tokens (trainable_token_indices) are not supported; merge it with PEFT",
-    "layer_replication": "replicated layers change the architecture",
-    "use_bdlora": "block-diagonal LoRA is not supported; merge it with PEFT",
-    "arrow_config": "Arrow routes between adapters at run time and cannot be merged",
-    "kasa_config": "KaSA is not supported; merge it with PEFT",
-    "monteclora_config": "MonteCLoRA is not supported; merge it with PEFT",
-    "megatron_config": "Megatron adapters are not supported",
-}
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """The factors of one adapted weight: A is (rank, in), B is (out, rank), the weight (out, in), or (in, out) when
-    `transposed`. Names of factors are those in the adapter's file, `module` is the base's."""
-
-    module: str
-    a: str
-    b: str
-    rank: int
-    scaling: float
-    transposed: bool
 
 
 class LoraSource:
@@ -72,25 +43,36 @@ class LoraSource:
         adapter_dir: holds adapter_config.json and adapter_model.safetensors.
         base: the weights that the adapter was trained on.
         model_type: the base config's model_type; tells how square GPT-2 weights are stored.
+        resized_vocabulary: allow saved embeddings and heads with more or fewer rows than the base's.
 
     Raises CheckpointError listing every reason why the adapter cannot be merged or does not fit.
     """
 
-    def __init__(self, adapter_dir: Path, base: TensorSource, *, model_type: str | None = None) -> None:
+    def __init__(
+        self,
+        adapter_dir: Path,
+        base: TensorSource,
+        *,
+        model_type: str | None = None,
+        resized_vocabulary: bool = False,
+    ) -> None:
         self.adapter_dir = adapter_dir
         self.base = base
         self.config = read_adapter_config(adapter_dir)
-        header = _open_weights(adapter_dir)
+        header = open_weights(adapter_dir)
         self.weights = MappedFile(header)
         """The adapter's file."""
         self.files = [adapter_dir / ADAPTER_CONFIG, header.path]
-        parsed = _Parsed.of(header, self.config)
-        self._pairs, self._replaced, problems = _fit(parsed, header, self.config, base, model_type)
+        parsed = Parsed.of(header)
+        self._pairs, self._replaced, problems = fit(
+            parsed, header, self.config, base, model_type=model_type, resized_vocabulary=resized_vocabulary
+        )
         problems = parsed.problems + problems
         if problems:
             raise CheckpointError(f"{adapter_dir}: {listed(problems)}")
         self._saved = parsed.replaced
         self._tile: tuple[str, int, torch.Tensor] | None = None
+        self._norms: dict[str, torch.Tensor] = {}
 
     def names(self) -> list[str]:
         """The base's tensors."""
@@ -113,7 +95,7 @@ class LoraSource:
         return {key: self.aliases().get(name, name) for name, key in self._saved.items()}
 
     def spec(self, name: str) -> TensorSpec:
-        """The base's spec; fp32 where a LoRA product is added, the saved dtype where the adapter replaces the
+        """The base's spec; fp32 where a LoRA product is added, the saved dtype (and rows) where the adapter replaces the
         tensor."""
         name = self.aliases().get(name, name)
         spec = self.base.spec(name)
@@ -123,238 +105,101 @@ class LoraSource:
             return self.weights.header.tensors[self._replaced[name]].spec
         return spec
 
+    def file_of(self, name: str) -> Path:
+        """The adapter's file for what it carries whole, else the base's."""
+        name = self.aliases().get(name, name)
+        if name not in self._replaced and isinstance(self.base, InFiles):
+            return self.base.file_of(name)
+        return self.weights.header.path
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, flattened. Computes the row tiles that the range touches."""
         name = self.aliases().get(name, name)
         stop = self.spec(name).numel if stop is None else stop
-        if name in self._replaced:
-            weight = self.weights.read(self._replaced[name], start, stop)
-        else:
-            weight = self.base.read(name, start, stop)
         if name not in self._pairs:
-            return weight
+            return self._unadapted(name, start, stop)
         merged = torch.empty(stop - start, dtype=torch.float32)
-        merged.copy_(weight)
-        drop(weight)
+        plain = self._pairs[name].magnitude is None
+        if plain:
+            weight = self._unadapted(name, start, stop)
+            merged.copy_(weight)
+            drop(weight)
         cols = self.spec(name).shape[1]
         per_tile = _tile_rows(cols) * cols
         position = start
         while position < stop:
             tile = position // per_tile
             end = min(stop, (tile + 1) * per_tile)
-            product = self._product(name, tile)
-            merged[position - start : end - start] += product[position - tile * per_tile : end - tile * per_tile]
+            values = self._tile_values(name, tile)[position - tile * per_tile : end - tile * per_tile]
+            part = merged[position - start : end - start]
+            torch.add(part, values, out=part) if plain else part.copy_(values)
             position = end
         return merged
 
-    def _product(self, name: str, tile: int) -> torch.Tensor:
-        """Flattened rows of (B A) * scaling of one tile; the last one is kept, since blocks are read in order."""
+    def _unadapted(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """What the factors are added to."""
+        if name in self._replaced:
+            return self.weights.read(self._replaced[name], start, stop)
+        return self.base.read(name, start, stop)
+
+    def _tile_values(self, name: str, tile: int) -> torch.Tensor:
+        """Flattened rows of one tile: LoRA's product, or DoRA's merged weight. The last ones are kept, since blocks are read
+        in order."""
         cached = self._tile
         if cached is not None and cached[:2] == (name, tile):
             return cached[2]
-        pair = self._pairs[name]
+        plain = self._pairs[name].magnitude is None
+        values = (self._product(name, tile) if plain else self._rescaled(name, tile)).reshape(-1)
+        self._tile = (name, tile, values)
+        return values
+
+    def _rows(self, name: str, tile: int) -> tuple[int, int]:
+        """[low, high) of one tile."""
         rows, cols = self.spec(name).shape
         low = tile * _tile_rows(cols)
-        high = min(rows, low + _tile_rows(cols))
+        return low, min(rows, low + _tile_rows(cols))
+
+    def _product(self, name: str, tile: int) -> torch.Tensor:
+        """Rows of (B A) * scaling of one tile."""
+        pair = self._pairs[name]
+        low, high = self._rows(name, tile)
         a, b = self._factor(pair.a), self._factor(pair.b)
         product = (b @ a[:, low:high]).T if pair.transposed else b[low:high] @ a
-        scaled = (product * pair.scaling).reshape(-1)
-        self._tile = (name, tile, scaled)
-        return scaled
+        return product * pair.scaling
+
+    def _directed(self, name: str, tile: int) -> torch.Tensor:
+        """Rows of W + (B A) * scaling of one tile."""
+        low, high = self._rows(name, tile)
+        cols = self.spec(name).shape[1]
+        weight = self._unadapted(name, low * cols, high * cols)
+        directed = weight.reshape(-1, cols).float() + self._product(name, tile)
+        drop(weight)
+        return directed
+
+    def _rescaled(self, name: str, tile: int) -> torch.Tensor:
+        """The same with DoRA's magnitudes."""
+        pair = self._pairs[name]
+        assert pair.magnitude is not None
+        directed, magnitude = self._directed(name, tile), self._factor(pair.magnitude)
+        if pair.transposed:
+            return directed * (magnitude / self._column_norms(name))
+        low, high = self._rows(name, tile)
+        norms = directed.double().square().sum(dim=1).sqrt().float()
+        return directed * (magnitude[low:high] / norms)[:, None]
+
+    def _column_norms(self, name: str) -> torch.Tensor:
+        """Norms of whole columns, kept: every tile needs them."""
+        if name not in self._norms:
+            rows, cols = self.spec(name).shape
+            squares = torch.zeros(cols, dtype=torch.float64)
+            for tile in range(-(-rows // _tile_rows(cols))):
+                squares += self._directed(name, tile).double().square().sum(dim=0)
+            self._norms[name] = squares.sqrt().float()
+        return self._norms[name]
 
     def _factor(self, key: str) -> torch.Tensor:
         spec = self.weights.header.tensors[key].spec
         return self.weights.read(key, 0, spec.numel).reshape(spec.shape).float()
-
-
-def read_adapter_config(adapter_dir: Path) -> dict[str, Any]:
-    """adapter_config.json, refused with every reason at once when it is no plain LoRA."""
-    path = adapter_dir / ADAPTER_CONFIG
-    config = read_json(path)
-    kind = str(config.get("peft_type", "unknown"))
-    if kind != "LORA":
-        raise CheckpointError(
-            f"{path}: peft_type {kind} is not supported, only LORA; merge it with PEFT and give the result"
-        )
-    problems = [reason for key, reason in _REFUSED.items() if config.get(key)]
-    init = config.get("init_lora_weights", True)
-    if str(init).lower() not in _PLAIN_INITS:
-        problems.append(
-            f"init_lora_weights={init} changes the base's weights; "
-            "save it with PEFT's path_initial_model_for_weight_conversion"
-        )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
-            problems.append(f"{key} must be a positive number, not {config.get(key)!r}")
-    if problems:
-        raise CheckpointError(f"{path}: {listed(problems)}")
-    return config
-
-
-@dataclass(frozen=True)
-class _Parsed:
-    """The adapter's tensors by purpose: module -> (factor -> key), base tensor -> key of its replacement."""
-
-    factors: Mapping[str, Mapping[str, str]]
-    embeddings: frozenset[str]
-    replaced: Mapping[str, str]
-    problems: list[str]
-
-    @staticmethod
-    def of(header: Header, config: Mapping[str, Any]) -> _Parsed:
-        factors: dict[str, dict[str, str]] = {}
-        embeddings: set[str] = set()
-        replaced: dict[str, str] = {}
-        problems: list[str] = []
-        for key in sorted(header.tensors):
-            plain = key.removeprefix(PREFIX)
-            suffix = next((s for s in _FACTORS if plain.endswith(s)), None)
-            if suffix is not None:
-                module = plain.removesuffix(suffix)
-                letter, is_embedding = _FACTORS[suffix]
-                factors.setdefault(module, {})[letter] = key
-                if is_embedding:
-                    embeddings.add(module)
-            elif ".lora_" in plain:
-                problems.append(f"tensor {key} belongs to an adapter kind that is not supported")
-            else:
-                replaced[plain.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = key
-        if not factors:
-            problems.append(f"{ADAPTER_WEIGHTS} holds no LoRA factors")
-        return _Parsed(factors, frozenset(embeddings), replaced, problems)
-
-
-def _fit(
-    parsed: _Parsed, header: Header, config: Mapping[str, Any], base: TensorSource, model_type: str | None
-) -> tuple[dict[str, LoraPair], dict[str, str], list[str]]:
-    """Match what the adapter holds with what the base has."""
-    problems: list[str] = []
-    names = set(base.names())
-    aliases = base.aliases()
-    pairs: dict[str, LoraPair] = {}
-    for module, keys in parsed.factors.items():
-        name = f"{module}.weight"
-        if name in aliases:
-            problems.append(f"adapts {name}, which the base ties to {aliases[name]}; untie it or merge with PEFT")
-        elif name not in names:
-            problems.append(f"adapts module {module}, which the base does not have")
-        elif set(keys) != {"A", "B"}:
-            problems.append(f"module {module} has only its {' '.join(keys)} factor")
-        else:
-            problem, pair = _pair(
-                module, keys, header, config, base.spec(name), module in parsed.embeddings, model_type
-            )
-            problems += problem
-            if pair is not None:
-                pairs[name] = pair
-    replaced, more = _replacements(parsed.replaced, header, base)
-    return pairs, replaced, problems + more + _missing(parsed, config, names)
-
-
-def _pair(
-    module: str,
-    keys: Mapping[str, str],
-    header: Header,
-    config: Mapping[str, Any],
-    weight: TensorSpec,
-    is_embedding: bool,
-    model_type: str | None,
-) -> tuple[list[str], LoraPair | None]:
-    shape_a, shape_b = (header.tensors[keys[k]].spec.shape for k in ("A", "B"))
-    if len(shape_a) != 2 or len(shape_b) != 2 or len(weight.shape) != 2:
-        return [f"module {module}: only matrices can be adapted (A {list(shape_a)}, base {list(weight.shape)})"], None
-    rank, fan_in = shape_a
-    fan_out = shape_b[0]
-    want = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
-    if rank != want or shape_b[1] != want:
-        return [f"module {module}: A {list(shape_a)} and B {list(shape_b)} are not of rank {want}"], None
-    fits = {False: weight.shape == (fan_out, fan_in), True: weight.shape == (fan_in, fan_out)}
-    if not any(fits.values()):
-        return [f"module {module}: B A is {[fan_out, fan_in]}, the base's weight {list(weight.shape)}"], None
-    transposed = (
-        fits[True] if not all(fits.values()) else is_embedding or _stored_transposed(module, config, model_type)
-    )
-    if is_embedding and not transposed:
-        return [f"module {module}: embedding factors do not fit the base's {list(weight.shape)}"], None
-    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return [], LoraPair(module, keys["A"], keys["B"], rank, scaling, transposed)
-
-
-def _stored_transposed(module: str, config: Mapping[str, Any], model_type: str | None) -> bool:
-    """A square matrix does not show its orientation. PEFT goes by the layer's class and leaves its last finding in the
-    config; GPT-2's Conv1D layers are known by the model's type."""
-    if model_type in _CONV1D_MODELS:
-        return not module.endswith("lm_head")
-    return bool(config.get("fan_in_fan_out"))
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule for rank_pattern and alpha_pattern: the first pattern that matches a dotted tail of the module."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _replacements(saved: Mapping[str, str], header: Header, base: TensorSource) -> tuple[dict[str, str], list[str]]:
-    """Whole tensors (modules_to_save, trained biases, saved embeddings) that take the place of the base's."""
-    problems: list[str] = []
-    names, aliases = set(base.names()), base.aliases()
-    replaced: dict[str, str] = {}
-    for name, key in saved.items():
-        target = aliases.get(name, name)
-        if target not in names:
-            problems.append(f"saves {name}, which the base does not have")
-        elif header.tensors[key].spec.shape != base.spec(target).shape:
-            shapes = f"{list(header.tensors[key].spec.shape)}, the base's is {list(base.spec(target).shape)}"
-            problems.append(f"saves {name} of shape {shapes} (a resized vocabulary is not supported)")
-        else:
-            replaced[target] = key
-    for alias, target in aliases.items():
-        both = [n for n in (alias, target) if n in saved]
-        if both and not _equal_saved(both, saved, header):
-            problems.append(
-                f"saves {listed(both)}, but the base ties {alias} to {target}: only one matrix can result; "
-                "train with tie_word_embeddings=false, or save both equal"
-            )
-    return replaced, problems
-
-
-def _equal_saved(names: Sequence[str], saved: Mapping[str, str], header: Header) -> bool:
-    """Both ends of a tie saved with the same bits."""
-    if len(names) < 2:
-        return False
-    file = MappedFile(header)
-    specs = [header.tensors[saved[n]].spec for n in names]
-    first, second = (file.read(saved[n], 0, s.numel) for n, s in zip(names, specs, strict=True))
-    return specs[0] == specs[1] and torch.equal(first.view(torch.uint8), second.view(torch.uint8))
-
-
-def _missing(parsed: _Parsed, config: Mapping[str, Any], names: set[str]) -> list[str]:
-    """Modules that the config targets and the file lacks: a cut or wrongly saved adapter would merge to half its
-    effect."""
-    targets = config.get("target_modules")
-    restricted = any(config.get(k) for k in ("layers_to_transform", "exclude_modules", "layers_pattern"))
-    if not isinstance(targets, list) or restricted:
-        return []
-    modules = {n.removesuffix(".weight") for n in names if n.endswith(".weight")}
-    saved = {n.removesuffix(".weight") for n in parsed.replaced}
-    wanted = {m for m in modules if any(m == t or m.endswith(f".{t}") for t in targets)} - saved
-    absent = sorted(wanted - set(parsed.factors))
-    return [f"{ADAPTER_CONFIG} targets {listed(absent)}, for which there are no factors"] if absent else []
-
-
-def _open_weights(adapter_dir: Path) -> Header:
-    path = adapter_dir / ADAPTER_WEIGHTS
-    if path.is_file():
-        return read_header(path)
-    if (adapter_dir / "adapter_model.bin").is_file():
-        raise CheckpointError(
-            f"{adapter_dir}: adapter_model.bin is a pickle, which can run code when loaded; "
-            "convert it to safetensors: load it where you trust it and save_pretrained it again"
-        )
-    raise CheckpointError(f"{adapter_dir}: no {ADAPTER_WEIGHTS}")
 
 
 def _tile_rows(cols: int) -> int:

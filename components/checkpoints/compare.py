@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from components.checkpoints.factors import FactorSource
 from components.checkpoints.reference import Checkpoint
 from components.checkpoints.source import TensorSource, blocks
+from components.checkpoints.vocabularies import token_clashes
 from components.errors import CheckpointError, listed
 
 _BLOCK = 262_144
@@ -55,31 +55,44 @@ def compare(a: Checkpoint, b: Checkpoint) -> list[str]:
     Dtypes may differ. Each item is what is so of `b` and not of `a`; an empty list means compatible.
     """
     return [
-        *_compare_configs(a.config, b.config),
+        *compare_configs(a.config, b.config),
         *compare_tensors(a.source, b.source),
-        *_compare_scalings(a.source, b.source),
-        *_compare_vocabularies(a.tokenizer_dir, b.tokenizer_dir),
+        *compare_scalings(a.source, b.source),
+        *token_clashes(a.tokenizer_dir, b.tokenizer_dir),
+    ]
+
+
+def compare_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Values that change what the same weights compute, as `config KEY is …, not …`."""
+    return [
+        f"config {key} is {json.dumps(b[key])}, not {json.dumps(a[key])}"
+        for key in _STRUCTURE
+        if key in a and key in b and a[key] != b[key]
     ]
 
 
 def compare_tensors(a: TensorSource, b: TensorSource) -> list[str]:
     """Differences in names, shapes and ties, from headers only."""
-    problems: list[str] = []
+    return [what for _, what in tensor_differences(a, b)]
+
+
+def tensor_differences(a: TensorSource, b: TensorSource) -> list[tuple[str, str]]:
+    """The same as (tensor, what is so of it in `b`)."""
     names_a, names_b = set(a.names()), set(b.names())
     ties_a, ties_b = a.aliases(), b.aliases()
-    problems += [f"tensor {n} is missing" for n in sorted(names_a - names_b - set(ties_b))]
-    problems += [f"tensor {n} is extra" for n in sorted(names_b - names_a - set(ties_a))]
+    found = [(n, f"tensor {n} is missing") for n in sorted(names_a - names_b - set(ties_b))]
+    found += [(n, f"tensor {n} is extra") for n in sorted(names_b - names_a - set(ties_a))]
     for alias in sorted((set(ties_a) & names_b) | (set(ties_b) & names_a)):
         one, other = ("tied", "separate") if alias in ties_a else ("separate", "tied")
-        problems.append(f"{alias} is {other}, not {one}")
+        found.append((alias, f"{alias} is {other}, not {one}"))
     for name in sorted(names_a & names_b):
         shape_a, shape_b = a.spec(name).shape, b.spec(name).shape
         if shape_a != shape_b:
-            problems.append(f"{name} is {list(shape_b)}, not {list(shape_a)}")
+            found.append((name, f"{name} is {list(shape_b)}, not {list(shape_a)}"))
         is_float = (a.spec(name).dtype.is_floating_point, b.spec(name).dtype.is_floating_point)
         if is_float[0] != is_float[1]:
-            problems.append(f"{name} is {b.spec(name).dtype}, not {a.spec(name).dtype}")
-    return problems
+            found.append((name, f"{name} is {b.spec(name).dtype}, not {a.spec(name).dtype}"))
+    return found
 
 
 def require_compatible(a: Checkpoint, b: Checkpoint) -> None:
@@ -149,9 +162,9 @@ def relative_distance(aligned: TensorSource, other: TensorSource, *, sample: int
     return math.sqrt(apart / size) if size else 0.0
 
 
-def require_near(aligned: Checkpoint, other: Checkpoint) -> None:
+def require_near(aligned: Checkpoint, other: Checkpoint, *, sample: int = _SAMPLE) -> None:
     """Raise CheckpointError when `other` was made from another base of the same shape: their difference is no task vector."""
-    distance = relative_distance(aligned.source, other.source)
+    distance = relative_distance(aligned.source, other.source, sample=sample)
     if distance > _FAR:
         raise CheckpointError(
             f"{other.where} differs from {aligned.where} by {distance:.2f} times the weights' own size, as models do that were "
@@ -168,46 +181,8 @@ def unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(index))
 
 
-def _compare_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    return [
-        f"config {key} is {json.dumps(b[key])}, not {json.dumps(a[key])}"
-        for key in _STRUCTURE
-        if key in a and key in b and a[key] != b[key]
-    ]
-
-
-def _compare_scalings(a: TensorSource, b: TensorSource) -> list[str]:
+def compare_scalings(a: TensorSource, b: TensorSource) -> list[str]:
+    """Of adapters' factors: modules that both scale, differently."""
     if isinstance(a, FactorSource) and isinstance(b, FactorSource):
         return a.scaling_differences(b)
     return []
-
-
-def _compare_vocabularies(a: Path, b: Path) -> list[str]:
-    """Tokens that mean different rows on the two sides. Tokens that only one side knows do not clash."""
-    if a == b:
-        return []
-    first, second = _vocabulary(a), _vocabulary(b)
-    clashes = sorted(t for t in first.keys() & second.keys() if first[t] != second[t])
-    rows = {i: t for t, i in first.items()}
-    clashes += sorted(t for t, i in second.items() if t not in first and i in rows and rows[i] not in second)
-    if not clashes:
-        return []
-    shown = listed([f"{t!r} {first.get(t)} and {second.get(t)}" for t in clashes], 3)
-    return [f"vocabulary: {len(clashes)} tokens have other ids ({shown})"]
-
-
-def _vocabulary(directory: Path) -> dict[str, int]:
-    """token -> id from tokenizer.json, empty where there is none."""
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        return {}
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); copy it again") from error
-    vocabulary = parsed.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram models: [[token, score], …]
-        vocabulary = {entry[0]: i for i, entry in enumerate(vocabulary)}
-    found = {str(t): int(i) for t, i in vocabulary.items()}
-    found.update({str(t["content"]): int(t["id"]) for t in parsed.get("added_tokens", [])})
-    return found

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from components.checkpoints.adapters import PREFIX, LoraSource
+from components.checkpoints.adapter_parsing import PREFIX
+from components.checkpoints.adapters import LoraSource
 from components.checkpoints.source import TensorSource, TensorSpec
 from components.errors import CheckpointError, listed
 
@@ -24,7 +25,8 @@ class FactorSource:
     """TensorSource of the factors of an adapter, under the names that PEFT saves them by
     (`base_model.model.….lora_A.weight`).
 
-    Raises CheckpointError for an adapter that carries whole tensors: they have no factors.
+    Raises CheckpointError for an adapter that carries whole tensors (they have no factors) and for DoRA, whose norms tie the
+    factors to the base.
     """
 
     def __init__(self, lora: LoraSource) -> None:
@@ -33,6 +35,12 @@ class FactorSource:
             raise CheckpointError(
                 f"{lora.adapter_dir}: carries whole tensors ({listed(sorted(lora.saved()), 3)}); mask.track: factors masks "
                 "A and B alone: train without modules_to_save, bias and saved embeddings, or merge and use track: weights"
+            )
+        scaled = sorted(name for name, pair in lora.pairs().items() if pair.magnitude is not None)
+        if scaled:
+            raise CheckpointError(
+                f"{lora.adapter_dir}: is a DoRA adapter ({listed(scaled, 3)}); its weights are rescaled to norms of base and "
+                "factors together, so that masks of A and B alone are no mask of what it does: use track: weights"
             )
         keys = [key for pair in lora.pairs().values() for key in (pair.a, pair.b)]
         self._keys = {PREFIX + key.removeprefix(PREFIX): key for key in keys}

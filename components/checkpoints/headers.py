@@ -116,7 +116,10 @@ def _placed(path: Path, name: str, entry: Any, data_start: int) -> Placed:
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: header entry of tensor {name} is garbage ({error!r})") from error
     if code not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name} has dtype {code}; quantised and 8-bit weights cannot be fused")
+        raise CheckpointError(
+            f"{path}: tensor {name} has dtype {code}; quantised and 8-bit weights cannot be fused: "
+            "give the bf16, fp16 or fp32 model"
+        )
     spec = TensorSpec(dtype=DTYPES[code], shape=shape)
     if begin < 0 or min(shape, default=0) < 0 or end - begin != spec.nbytes:
         raise CheckpointError(f"{path}: tensor {name} {list(shape)} {code} does not fit its {end - begin} bytes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from components.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from components.checkpoints.adapter_parsing import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from components.checkpoints.places import HubId, Located
 from components.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, read_json
 from components.checkpoints.writer import TEMPLATE_DIRECTORY, TOKENIZER_FILES

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from components.checkpoints.adapters import ADAPTER_CONFIG, LoraSource
+from components.checkpoints.adapter_parsing import ADAPTER_CONFIG
+from components.checkpoints.adapters import LoraSource
 from components.checkpoints.factors import FactorSource
 from components.checkpoints.identity import weights_digest
 from components.checkpoints.places import HubId, Located, RemoteFile, parse_reference
@@ -60,6 +61,7 @@ def open_checkpoint(
     base: Path | str | None = None,
     base_declared_equal: bool = False,
     factors: bool = False,
+    resized_vocabulary: bool = False,
     cache: Path | None = None,
 ) -> Checkpoint:
     """Open a model directory or a LoRA adapter directory, wherever it lies; reads headers and JSON only.
@@ -68,19 +70,25 @@ def open_checkpoint(
         reference: what `save_pretrained` of transformers or PEFT wrote: a path, a URL or a hub id (see `parse_reference`).
         base: the model that an adapter belongs to (required there); lends a checkpoint without a tokenizer its own.
         base_declared_equal: the user says that `base` is what the adapter was trained on, though it names another.
+        resized_vocabulary: an adapter may carry an embedding and head of other size than its base's. `model_dir` and
+            `config` are the base's all the same.
         factors: `source` is an adapter's factors, not the weights that it makes of its base.
-
         cache: keeps the small files of models in object stores (without it, `remote.default_cache`).
 
     Raises CheckpointError with everything that is wrong with it.
     """
     model = locate(reference, cache=cache)
     with model.in_messages():
-        return _open(model, base, base_declared_equal, factors, cache)
+        return _open(model, base, base_declared_equal, factors, resized_vocabulary, cache)
 
 
 def _open(
-    model: Located, base: Path | str | None, base_declared_equal: bool, factors: bool, cache: Path | None
+    model: Located,
+    base: Path | str | None,
+    base_declared_equal: bool,
+    factors: bool,
+    resized_vocabulary: bool,
+    cache: Path | None,
 ) -> Checkpoint:
     path = model.path
     if not path.is_dir():
@@ -97,7 +105,7 @@ def _open(
         return _open_full(model, base, cache)
     if base is None:
         raise CheckpointError(f"{path}: is an adapter; name its base model")
-    opened = _open_adapter(model, open_checkpoint(base, cache=cache), base_declared_equal, cache)
+    opened = _open_adapter(model, open_checkpoint(base, cache=cache), base_declared_equal, resized_vocabulary, cache)
     if factors:
         assert isinstance(opened.source, LoraSource)
         return replace(opened, source=FactorSource(opened.source))
@@ -133,12 +141,15 @@ def _open_full(model: Located, base: Path | str | None, cache: Path | None) -> C
     )
 
 
-def _open_adapter(model: Located, base: Checkpoint, declared_equal: bool, cache: Path | None) -> Checkpoint:
+def _open_adapter(
+    model: Located, base: Checkpoint, declared_equal: bool, resized_vocabulary: bool, cache: Path | None
+) -> Checkpoint:
     path = model.path
     if base.kind != "full":
         raise CheckpointError(f"{path}: its base {base.where} is an adapter itself; merge that first")
     notes = (*model.notes, *_check_base(model, base, declared_equal, cache))
-    lora = LoraSource(path, base.source, model_type=base.config.get("model_type"))
+    model_type = base.config.get("model_type")
+    lora = LoraSource(path, base.source, model_type=model_type, resized_vocabulary=resized_vocabulary)
     tokenizer_dir = path if has_tokenizer(path) else base.tokenizer_dir
     own = tokenizer_files(path) if tokenizer_dir == path else []
     files = [*lora.files, *own]

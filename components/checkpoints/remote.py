@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from components.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from components.checkpoints.adapter_parsing import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from components.checkpoints.hub import hub_snapshot
 from components.checkpoints.places import HubId, Located, RemoteFile, parse_reference, tag_of
 from components.checkpoints.safetensors import INDEX_NAME

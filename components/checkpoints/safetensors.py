@@ -16,6 +16,7 @@ import torch
 
 from components.checkpoints.headers import Header, Placed, read_header
 from components.checkpoints.places import Located
+from components.checkpoints.quantised import quantised_config, quantised_tensors
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.checkpoints.windows import WindowedFile, Windows
 from components.errors import CheckpointError, listed
@@ -23,8 +24,10 @@ from components.mapped import FileMap, map_file, tensor_over
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-_HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""How names of input embeddings end."""
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""And those of output heads."""
 _COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias")
 """Buffers that older transformers stored with the weights and newer ones compute themselves: no parameter takes them."""
 _COMPARE_BLOCK = 1 << 20
@@ -71,6 +74,7 @@ class SafetensorsSource:
         self.where = model.where
         self.config = read_config(model.path)
         self.files, headers = _open_weights(model)
+        _refuse_quantised(model.path, quantised_tensors(name for header in headers for name in header.tensors))
         windows = windows or Windows()
         files = [_reader(header, model, windows) for header in headers]
         self._files = {name: file for file in files for name in file.header.tensors}
@@ -102,6 +106,10 @@ class SafetensorsSource:
         assert 0 <= start <= stop <= numel, (name, start, stop, numel)
         return self._files[name].read(name, start, stop)
 
+    def file_of(self, name: str) -> Path:
+        """The shard that holds a tensor."""
+        return self._files[self._listed_name(name)].header.path
+
     def _listed_name(self, name: str) -> str:
         name = self._aliases.get(name, name)
         if name not in self._placed:
@@ -111,8 +119,8 @@ class SafetensorsSource:
     def _tie(self) -> dict[str, str]:
         """Find the tied pair; drop a redundant stored head. The model cannot do without a head, so a lone embedding is
         tied whatever the config leaves unsaid."""
-        embedding = _only(self._placed, _EMBEDDINGS)
-        head = _only(self._placed, _HEADS)
+        embedding = _only(self._placed, EMBEDDINGS)
+        head = _only(self._placed, HEADS)
         tied = _config_ties(self.config)
         if embedding and not head:
             is_causal = any("ForCausalLM" in a or "LMHead" in a for a in self.config.get("architectures") or [])
@@ -139,13 +147,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory}: no config.json; give the directory that save_pretrained wrote")
     config = read_json(path)
-    method = config.get("quantization_config")
-    if method:
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise CheckpointError(
-            f"{path}: weights are quantised ({kind}); such weights have no delta to mask: give the bf16 or fp32 model"
-        )
+    _refuse_quantised(directory, quantised_config(directory, config))
     return config
+
+
+def _refuse_quantised(directory: Path, found: str | None) -> None:
+    if found:
+        raise CheckpointError(
+            f"{directory}: weights are quantised ({found}); codes have no difference that could be masked or merged: give "
+            "the bf16, fp16 or fp32 model that it was made from"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -50,6 +51,15 @@ class TensorSource(Protocol):
 
     def aliases(self) -> Mapping[str, str]:
         """alias name -> the name under which the tensor is listed (tied weights, e.g. lm_head -> embed_tokens)."""
+        ...
+
+
+@runtime_checkable
+class InFiles(Protocol):
+    """A source that can say where a tensor lies, for messages."""
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor (or its alias's)."""
         ...
 
 

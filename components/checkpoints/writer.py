@@ -84,6 +84,9 @@ class CheckpointWriter:
         specs: every tensor that will be written, with dtype and shape.
         max_shard_bytes: files hold at most this much (a larger tensor has a file of its own).
         single_file: the name of the one file that takes everything, instead of shards.
+        resume: go on with the files that a writer of the same specs left; say with `mark` what of them is written.
+
+    Forked processes may `put` into the files that their parent's writer opened, and the parent `mark` it.
 
     Raises CheckpointError for dtypes that safetensors lacks, StorageError when the disk refuses or is too small.
     """
@@ -95,6 +98,7 @@ class CheckpointWriter:
         *,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         single_file: str | None = None,
+        resume: bool = False,
     ) -> None:
         odd = [f"{n} ({s.dtype})" for n, s in sorted(specs.items()) if s.dtype not in DTYPE_CODES]
         if odd:
@@ -109,7 +113,7 @@ class CheckpointWriter:
         self._shards: list[_Shard] = []
         self._of: dict[str, _Shard] = {}
         try:
-            self._create()
+            self._create(resume)
         except OSError as error:
             self.close()
             raise StorageError(f"{out_dir}: cannot be written ({error.strerror or error})") from error
@@ -121,26 +125,31 @@ class CheckpointWriter:
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Put a 1-D slice that begins at flattened element `start`. Its dtype must be the tensor's."""
+        self.put(name, start, values)
+        self.mark(name, start, start + values.numel())
+
+    def put(self, name: str, start: int, values: torch.Tensor) -> None:
+        """The same, in a process whose parent has this writer and marks what was put."""
         spec = self._specs[name]
         assert values.dim() == 1, values.shape
         assert values.dtype == spec.dtype, (name, values.dtype, spec.dtype)
-        stop = start + values.numel()
-        assert 0 <= start <= stop <= spec.numel, (name, start, stop, spec.numel)
-        with self._lock:
-            self._written[name].add(start, stop, name)
+        assert 0 <= start <= start + values.numel() <= spec.numel, (name, start, values.numel(), spec.numel)
         shard = self._of[name]
         offset = shard.header.tensors[name].offset + start * spec.dtype.itemsize
-        view = memoryview(values.detach().contiguous().view(torch.uint8).numpy().data)
-        self._pwrite(shard, view, offset)
+        self._pwrite(shard, memoryview(values.detach().contiguous().view(torch.uint8).numpy().data), offset)
+
+    def mark(self, name: str, start: int, stop: int) -> None:
+        """Take elements [start, stop) as written."""
         with self._lock:
-            self.bytes_written += view.nbytes
+            self._written[name].add(start, stop, name)
+            self.bytes_written += (stop - start) * self._specs[name].dtype.itemsize
 
     def write_whole(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor of its full shape."""
         assert tuple(tensor.shape) == self._specs[name].shape, (name, tensor.shape)
         self.write(name, 0, tensor.detach().reshape(-1))
 
-    def finish(self) -> list[Path]:
+    def finish(self, *, durable: bool = True) -> list[Path]:
         """Check that nothing is missing, make it durable, write the index. Returns the weight files (index first)."""
         holes = [
             f"{n} ({self._written[n].total} of {s.numel} elements)"
@@ -150,7 +159,7 @@ class CheckpointWriter:
         assert not holes, f"{self.out_dir}: unwritten tensors: {listed(holes)}"
         paths = [shard.path for shard in self._shards]
         try:
-            for shard in self._shards:
+            for shard in self._shards if durable else ():
                 os.fsync(shard.fd)
             if len(self._shards) > 1:
                 paths.insert(0, self._write_index())
@@ -176,15 +185,18 @@ class CheckpointWriter:
     ) -> None:
         self.close()
 
-    def _create(self) -> None:
+    def _create(self, resume: bool) -> None:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.out_dir).free
-        if free < self.nbytes:
-            raise StorageError(f"{self.out_dir}: the disk has {free} bytes left, the model needs {self.nbytes}")
+        there = sum(_taken(self.out_dir / file_name) for file_name in self._plan) if resume else 0
+        if free + there < self.nbytes:
+            raise StorageError(
+                f"{self.out_dir}: the disk has {free / 1e9:.2f} GB left, the model needs {(self.nbytes - there) / 1e9:.2f} GB"
+            )
         for file_name, names in self._plan.items():
             raw, header = layout({n: self._specs[n] for n in names}, METADATA)
             path = self.out_dir / file_name
-            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            fd = os.open(path, os.O_WRONLY | (0 if resume else os.O_CREAT | os.O_EXCL), 0o644)
             shard = _Shard(path=path, header=header, fd=fd)
             self._shards.append(shard)
             self._of.update(dict.fromkeys(names, shard))
@@ -203,6 +215,11 @@ class CheckpointWriter:
         path = self.out_dir / INDEX_NAME
         write_json(path, shard_index(self._plan, self._specs))
         return path
+
+
+def _taken(path: Path) -> int:
+    """Bytes of the disk that a file has."""
+    return path.stat().st_blocks * 512 if path.is_file() else 0
 
 
 class _Ranges:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,17 @@ import numpy as np
 import torch
 
 from components.checkpoints.adapter_files import copy_adapter_files
-from components.checkpoints.adapters import ADAPTER_WEIGHTS
+from components.checkpoints.adapter_parsing import ADAPTER_WEIGHTS
 from components.checkpoints.compare import require_compatible
 from components.checkpoints.factors import FactorSource
 from components.checkpoints.reference import Checkpoint
-from components.checkpoints.source import TensorSource
-from components.checkpoints.writer import CheckpointWriter, copy_side_files
+from components.checkpoints.stream import Progress, Put, stream
+from components.checkpoints.writer import copy_side_files
 from components.fusion.fused import BLOCK, FusedBlock, FusedSource, one_thread
-from components.fusion.methods import Mask
+from components.fusion.inputs import Mask
+from components.fusion.methods import method_named
 from components.fusion.settings import FusionSettings
 
-Progress = Callable[[dict[str, Any]], None]
-_REPORT_EVERY_S = 0.5
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -51,6 +49,16 @@ class TensorCounts:
         self.differing += int(np.count_nonzero(differs))
         self.from_aligned += int(np.count_nonzero((out == aligned) & differs))
         self.from_finetune += int(np.count_nonzero((out == finetune) & differs))
+
+    def include(self, note: Mapping[str, int]) -> None:
+        """Add what was counted of one part."""
+        self.differing += note["differing"]
+        self.from_aligned += note["from_aligned"]
+        self.from_finetune += note["from_finetune"]
+
+    def note(self) -> dict[str, int]:
+        """What `include` takes."""
+        return {"differing": self.differing, "from_aligned": self.from_aligned, "from_finetune": self.from_finetune}
 
 
 @dataclass
@@ -95,51 +103,76 @@ def fuse_checkpoint(
     out_dir: Path,
     mask: Mask | None = None,
     unaligned: Checkpoint | None = None,
+    safe: Checkpoint | None = None,
     block: int = BLOCK,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> FuseReport:
     """Write the fused model: weights, config, generation config, tokenizer, chat template; ready for `from_pretrained`. Of two
     adapters' factors the result is an adapter, ready for PEFT.
 
-    Memory is a few blocks whatever the model's size; the result does not depend on `block`. The tokenizer and configs
-    are the finetune's (it is the finetune that goes back into service), the aligned model's where it has none.
+    Memory is a few blocks whatever the model's size (for `safe_lora`, `safe_merge` and `lox` a few of its largest matrix); the
+    result does not depend on `block`. The tokenizer and configs are the finetune's (it is the finetune that goes back into
+    service), the aligned model's where it has none.
 
     Args:
-        aligned, finetune, unaligned: opened checkpoints; `unaligned` is for RESTA.
+        aligned, finetune, unaligned, safe: opened checkpoints; `unaligned` is for RESTA, Safe LoRA, SafeMERGE and LoX,
+            `safe` for SafeMERGE.
         settings: method and numbers.
         out_dir: an attempt's directory without weights; publishing it is the caller's.
         mask: the trained mask, for `masked` and `random_mask`.
         block: elements worked on at once.
+        processes: how many write side by side; the bytes are the same.
         progress: called about twice a second with {"tensor", "bytes", "total_bytes", "gb_per_s", "seconds_left"}.
 
     Raises CheckpointError (all misfits at once; the tensor and index of a NaN), ConfigError (input of the method
     missing), StorageError (disk full or not writable).
     """
-    require_compatible(aligned, finetune)
-    used_unaligned = unaligned if settings.method == "resta" else None
-    if used_unaligned is not None:
-        require_compatible(aligned, used_unaligned)
+    method = method_named(settings.method)
+    used_unaligned = unaligned if method.needs_unaligned else None
+    used_safe = safe if method.takes_safe else None
+    for other in (finetune, used_unaligned, used_safe):
+        if other is not None:
+            require_compatible(aligned, other)
     source = FusedSource(
         aligned=aligned.source,
         finetune=finetune.source,
         settings=settings,
         mask=mask,
         unaligned=used_unaligned.source if used_unaligned else None,
+        safe=used_safe.source if used_safe else None,
     )
-    inputs = [c.source for c in (aligned, finetune, used_unaligned) if c is not None]
     counts = {n: TensorCounts(source.spec(n).numel, _short(source.spec(n).dtype)) for n in source.names()}
 
-    def sink(name: str, writer: CheckpointWriter) -> None:
-        for b in source.blocks(name, block):
-            counts[name].add(b)
-            writer.write(name, b.start, b.values)
+    def work(name: str, start: int, stop: int, put: Put) -> dict[str, Any]:
+        part = TensorCounts(stop - start, counts[name].dtype)
+        with one_thread():
+            for b in source.blocks(name, block, start, stop):
+                part.add(b)
+                put(b.start, b.values)
+        return part.note()
 
-    if isinstance(aligned.source, FactorSource):
-        write = _write(source, inputs, out_dir, sink, progress, single_file=ADAPTER_WEIGHTS)
-        write.files += copy_adapter_files(aligned, out_dir, tokenizer_dir=finetune.tokenizer_dir)
+    factors = isinstance(aligned.source, FactorSource)
+    options: dict[str, Any] = (
+        {"single_file": ADAPTER_WEIGHTS} if factors else {"max_shard_bytes": settings.max_shard_bytes}
+    )
+    inputs = [c.source for c in (aligned, finetune, used_unaligned, used_safe) if c is not None]
+    written = stream(
+        out_dir,
+        {name: source.spec(name) for name in source.names()},
+        work,
+        processes=processes,
+        read=lambda name: sum(i.spec(name).dtype.itemsize for i in inputs),
+        progress=progress,
+        **options,
+    )
+    for (name, _, _), note in written.notes.items():
+        counts[name].include(note)
+    files = list(written.files)
+    if factors:
+        files += copy_adapter_files(aligned, out_dir, tokenizer_dir=finetune.tokenizer_dir)
     else:
-        write = _write(source, inputs, out_dir, sink, progress, max_shard_bytes=settings.max_shard_bytes)
-        write.files += _side_files(source, finetune, aligned, out_dir)
+        files += _side_files(source, finetune, aligned, out_dir)
     report = FuseReport(
         method=source.method.name,
         paper=source.method.paper,
@@ -147,7 +180,11 @@ def fuse_checkpoint(
         output_dtypes=sorted({c.dtype for c in counts.values()}),
         tensors=counts,
         notes=[*aligned.notes, *finetune.notes],
-        **asdict(write),
+        files=files,
+        bytes_read=written.bytes_read,
+        bytes_written=written.bytes_written,
+        seconds=written.seconds,
+        gb_per_s=written.gb_per_s,
     )
     return _summed(report, source)
 
@@ -159,54 +196,6 @@ def widest(dtypes: Iterator[torch.dtype]) -> torch.dtype:
         if dtype.is_floating_point:
             result = dtype if result is None else torch.promote_types(result, dtype)
     return result or torch.float32
-
-
-@dataclass
-class _Written:
-    files: list[str]
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    gb_per_s: float
-
-
-def _write(
-    source: TensorSource,
-    inputs: list[TensorSource],
-    out_dir: Path,
-    sink: Callable[[str, CheckpointWriter], None],
-    progress: Progress | None,
-    **options: Any,
-) -> _Written:
-    """Drive the writer over every tensor, in the order in which the files hold them. `options` are the writer's."""
-    specs = {n: source.spec(n) for n in source.names()}
-    cost = {n: specs[n].nbytes + sum(i.spec(n).nbytes for i in inputs) for n in specs}
-    total = sum(cost.values())
-    began = last = time.monotonic()
-    done = 0
-    with one_thread(), CheckpointWriter(out_dir, specs, **options) as writer:
-        for name in source.names():
-            sink(name, writer)
-            done += cost[name]
-            now = time.monotonic()
-            if progress is not None and (now - last > _REPORT_EVERY_S or done == total):
-                last = now
-                progress(_rate(name, done, total, now - began))
-        files = [f.name for f in writer.finish()]
-        written = writer.bytes_written
-    seconds = time.monotonic() - began
-    return _Written(files, total - written, written, seconds, total / max(seconds, 1e-9) / 1e9)
-
-
-def _rate(name: str, done: int, total: int, seconds: float) -> dict[str, Any]:
-    speed = done / max(seconds, 1e-9)
-    return {
-        "tensor": name,
-        "bytes": done,
-        "total_bytes": total,
-        "gb_per_s": speed / 1e9,
-        "seconds_left": (total - done) / max(speed, 1.0),
-    }
 
 
 def _side_files(source: FusedSource, finetune: Checkpoint, aligned: Checkpoint, out_dir: Path) -> list[str]:

@@ -3,16 +3,23 @@ in memory are then the same thing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from components.checkpoints.compare import compare_tensors, unravel
+from components.checkpoints.compare import compare_tensors
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, ConfigError, listed
-from components.fusion.methods import Block, Kernel, Mask, TensorInputs, method_named
+from components.fusion.finite import refuse_not_finite
+from components.fusion.inputs import Block, Kernel, Mask, TensorInputs
+from components.fusion.merging import MergedSource, same_bits
+from components.fusion.methods import method_named
+from components.fusion.restoration import Lineage
+from components.fusion.rounding import to_bf16_stochastic
 from components.fusion.settings import FusionSettings
 
 BLOCK = 262_144
@@ -41,7 +48,12 @@ class FusedSource:
         aligned, finetune: equal names and shapes; dtypes may differ.
         settings: the method and its numbers.
         mask: for `masked` (and for the density of `random_mask`).
-        unaligned: for `resta`.
+        unaligned: for `resta`, `safe_lora`, `safe_merge` and `lox`.
+        safe: a finetune that was made safe, for `safe_merge`.
+        stored: sources whose widest dtype is the output's (default: aligned and finetune), tensor by tensor.
+
+    Methods that look at whole matrices hold one tensor's at a time: read their tensors one after the other. Their products are
+    made by the BLAS at hand, whose last bits may depend on its number of threads (`one_thread`).
 
     Raises ConfigError when the method lacks an input, CheckpointError listing all tensors that do not fit.
     """
@@ -54,13 +66,17 @@ class FusedSource:
         settings: FusionSettings,
         mask: Mask | None = None,
         unaligned: TensorSource | None = None,
+        safe: TensorSource | None = None,
+        stored: Sequence[TensorSource] = (),
     ) -> None:
-        self.aligned, self.finetune, self.unaligned = aligned, finetune, unaligned
+        self.stored = stored
+        self.aligned, self.finetune, self.unaligned, self.safe = aligned, finetune, unaligned, safe
         self.settings = settings
         self.mask = mask
         self.method = method_named(settings.method)
         _require_inputs(self)
         self._kernels: dict[str, Kernel] = {}
+        self._settled: FusionSettings | None = None
 
     def names(self) -> list[str]:
         """The aligned model's tensors."""
@@ -74,6 +90,8 @@ class FusedSource:
         """The wider of the two dtypes, or the one that the settings ask for (tensors of integers keep theirs)."""
         a, f = self.aligned.spec(name), self.finetune.spec(name)
         dtype = torch.promote_types(a.dtype, f.dtype)
+        if self.stored and dtype.is_floating_point:
+            dtype = functools.reduce(torch.promote_types, (one.spec(name).dtype for one in self.stored))
         if self.settings.output_dtype is not None and dtype.is_floating_point:
             dtype = getattr(torch, self.settings.output_dtype)
         return TensorSpec(dtype=dtype, shape=a.shape)
@@ -86,10 +104,19 @@ class FusedSource:
             return torch.empty(0, dtype=self.spec(name).dtype)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def blocks(self, name: str, size: int = BLOCK) -> Iterator[FusedBlock]:
-        """The whole tensor in slices of at most `size` elements."""
-        for start, stop in blocks(self.spec(name).numel, size):
-            yield self.block(name, start, stop)
+    def blocks(self, name: str, size: int = BLOCK, start: int = 0, stop: int | None = None) -> Iterator[FusedBlock]:
+        """Elements [start, stop) of a tensor (all of them) in slices of at most `size`."""
+        stop = self.spec(name).numel if stop is None else stop
+        for low, high in blocks(stop - start, size):
+            yield self.block(name, start + low, start + high)
+
+    def unchanged(self, name: str, start: int, stop: int) -> bool:
+        """Whether the finetune is the aligned model there, bit for bit, so that fusing them gives just that."""
+        if not self.method.keeps_equal or self.spec(name).dtype != self.aligned.spec(name).dtype:
+            return False
+        if isinstance(self.finetune, MergedSource):
+            return self.finetune.unchanged(name, start, stop)
+        return same_bits(self.aligned, self.finetune, name, start, stop)
 
     def block(self, name: str, start: int, stop: int) -> FusedBlock:
         """One slice. Raises CheckpointError naming the first weight that is not finite, and whose it is."""
@@ -108,25 +135,40 @@ class FusedSource:
             if not torch.equal(a, f):
                 raise CheckpointError(f"{name} holds integers that differ between the two models; they cannot be fused")
             return FusedBlock(start, stop, a.to(spec.dtype), a, f)
-        values = self._kernel(name, spec)(Block(start, stop, a, f)).to(spec.dtype)
-        if not bool(torch.isfinite(values.sum(dtype=torch.float32))):
-            self._refuse_not_finite(name, start, {"finetune": f, "aligned": a, "fused": values})
+        fused = self._kernel(name, spec)(Block(start, stop, a, f))
+        values = self._rounded(fused, spec.dtype, name, start)
+        # bf16 reaches as far as fp32, whose sum is twice as fast.
+        looked_at = values if spec.dtype == torch.float16 else fused
+        if not math.isfinite(float(looked_at.sum(dtype=torch.float32))):
+            members = self.finetune.members() if isinstance(self.finetune, MergedSource) else {}
+            inputs = {one: source.read(name, start, stop) for one, source in members.items()} or {"finetune": f}
+            refuse_not_finite(name, spec.shape, start, {**inputs, "aligned": a, "fused": values})
         return FusedBlock(start, stop, values, a, f)
+
+    def _rounded(self, fused: torch.Tensor, dtype: torch.dtype, name: str, start: int) -> torch.Tensor:
+        if self.settings.rounding == "stochastic" and (fused.dtype, dtype) == (torch.float32, torch.bfloat16):
+            return to_bf16_stochastic(fused, seed=0, name=name, start=start)
+        return fused.to(dtype)
+
+    def settled(self) -> FusionSettings:
+        """Settings that decide by themselves for each tensor. Where the settings compare tensors (`lowest`), the first call
+        looks at them all; a FusedSource that is given the result computes the same and need not look."""
+        if self._settled is None:
+            self._settled = self.settings
+            if self.method.settle is not None and self.unaligned is not None:
+                lineage = Lineage(self.aligned, self.finetune, self.unaligned)
+                self._settled = self.method.settle(lineage, self.settings)
+        return self._settled
 
     def _kernel(self, name: str, spec: TensorSpec) -> Kernel:
         if name not in self._kernels:
-            inputs = TensorInputs(name, spec.numel, spec.dtype, self.mask, self.unaligned)
-            self._kernels[name] = self.method.prepare(inputs, self.settings)
+            settings = self.settled()
+            if self.method.whole_tensors:
+                self._kernels.clear()
+            models = {"aligned": self.aligned, "finetune": self.finetune, "safe": self.safe}
+            inputs = TensorInputs(name, spec.numel, spec.dtype, self.mask, self.unaligned, **models)
+            self._kernels[name] = self.method.prepare(inputs, settings)
         return self._kernels[name]
-
-    def _refuse_not_finite(self, name: str, start: int, slices: Mapping[str, torch.Tensor]) -> None:
-        for whose, values in slices.items():
-            bad = (~torch.isfinite(values)).nonzero().reshape(-1)
-            if bad.numel():
-                at = int(bad[0])
-                index = ", ".join(map(str, unravel(start + at, self.spec(name).shape)))
-                hint = f"; {values.dtype} overflows" if whose == "fused" else ""
-                raise CheckpointError(f"{whose} model: {name}[{index}] is {float(values[at])}{hint}")
 
 
 def apply_to_model(model: torch.nn.Module, source: TensorSource, *, size: int = BLOCK) -> None:
@@ -198,6 +240,8 @@ def _require_inputs(fused: FusedSource) -> None:
     problems = [f"finetune: {p}" for p in compare_tensors(fused.aligned, fused.finetune)]
     if method.needs_unaligned and fused.unaligned is not None:
         problems += [f"unaligned: {p}" for p in compare_tensors(fused.aligned, fused.unaligned)]
+    if method.takes_safe and fused.safe is not None:
+        problems += [f"safe: {p}" for p in compare_tensors(fused.aligned, fused.safe)]
     if fused.mask is not None:
         problems += [f"mask: {p}" for p in _mask_misfits(fused.mask, fused.aligned)]
     if problems:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from components.checkpoints.adapter_files import saved_whole, write_adapter
-from components.checkpoints.adapters import LoraPair, LoraSource
+from components.checkpoints.adapter_parsing import LoraPair
+from components.checkpoints.adapters import LoraSource
 from components.checkpoints.reference import Checkpoint
 from components.checkpoints.source import TensorSource, blocks, read_whole
 

@@ -7,75 +7,25 @@ arithmetic is fp32 (the engine casts once, at the end); selects are in the outpu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from components.checkpoints.source import TensorSource
 from components.errors import ConfigError
+from components.fusion.inputs import Kernel, Method, TensorInputs
 from components.fusion.random_subset import RandomSubset
+from components.fusion.restoration import (
+    Lineage,
+    Projection,
+    is_matrix,
+    low_rank_direction,
+    lowest_cosine,
+    lox,
+    projection,
+    safe_lora,
+    safe_merge,
+)
 from components.fusion.settings import FusionSettings
 from components.masks.granularity import spread, units
-
-
-class Mask(Protocol):
-    """What fusion needs of a mask artifact."""
-
-    def names(self) -> list[str]:
-        """Tensors that the mask speaks of."""
-        ...
-
-    def numel(self, name: str) -> int:
-        """Elements of one of them."""
-        ...
-
-    def is_masked(self, name: str) -> bool:
-        """False for a tensor that was left out in training: it keeps the finetune's weights."""
-        ...
-
-    def soft(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """σ(ℓ) of a slice, 1-D fp32."""
-        ...
-
-    def binary(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """ℓ > 0 of a slice, 1-D bool."""
-        ...
-
-    def soft_mean(self, name: str) -> float:
-        """Mean of σ(ℓ) over the whole tensor."""
-        ...
-
-    def density(self, name: str) -> float:
-        """Share of ℓ > 0 in the whole tensor."""
-        ...
-
-    def unit(self, name: str) -> int:
-        """Neighbours that share a logit."""
-        ...
-
-
-@dataclass(frozen=True)
-class TensorInputs:
-    """One tensor's inputs beyond the two slices that every method is given."""
-
-    name: str
-    numel: int
-    dtype: torch.dtype
-    """Of the output."""
-    mask: Mask | None
-    unaligned: TensorSource | None
-
-
-@dataclass(frozen=True)
-class Block:
-    """Slices [start, stop) of aligned and finetune, flattened, as stored."""
-
-    start: int
-    stop: int
-    aligned: torch.Tensor
-    finetune: torch.Tensor
-
 
 _INTEGERS = {
     torch.float64: torch.int64,
@@ -83,20 +33,6 @@ _INTEGERS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
 }
-
-Kernel = Callable[[Block], torch.Tensor]
-"""Fused slice: fp32, or already in the output dtype."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A named way to fuse. `prepare` does what a whole tensor needs once and gives the function for its slices."""
-
-    name: str
-    paper: str
-    prepare: Callable[[TensorInputs, FusionSettings], Kernel]
-    needs_mask: bool = False
-    needs_unaligned: bool = False
 
 
 def blend(aligned: torch.Tensor, finetune: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -218,13 +154,89 @@ def _prepare_resta(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
     return lambda b: resta(b.aligned, b.finetune, source.read(inputs.name, b.start, b.stop), gamma=gamma)
 
 
+def _settle_lowest(lineage: Lineage, settings: FusionSettings) -> FusionSettings:
+    """The matrices with the lowest cosines are those up to some cosine."""
+    if settings.lowest is None:
+        return settings
+    return settings.model_copy(update={"lowest": None, "similarity": lowest_cosine(lineage, settings.lowest)})
+
+
+def _to_restore(inputs: TensorInputs, settings: FusionSettings) -> Projection | None:
+    """C ΔW of a matrix that strayed from what alignment changed; None where the finetune is kept."""
+    assert settings.similarity is not None, "lowest is not settled"
+    if not is_matrix(inputs.lineage.aligned, inputs.name):
+        return None
+    found = projection(inputs.lineage, inputs.name)
+    return found if found is not None and found.cosine <= settings.similarity else None
+
+
+def _prepare_safe_lora(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
+    found = _to_restore(inputs, settings)
+    if found is None:
+        return _keep_finetune(inputs)
+    product = found.product
+    return lambda b: safe_lora(b.aligned, product.read(b.start, b.stop))
+
+
+def _prepare_safe_merge(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
+    """ΔW_safe is a safe finetune's where there is one (as published), else C ΔW: Safe LoRA's projection, taken in part."""
+    found, safe, name, share = _to_restore(inputs, settings), inputs.safe, inputs.name, settings.safe_share
+    if found is None:
+        return _keep_finetune(inputs)
+    if safe is not None:
+        return lambda b: safe_merge(b.finetune, safe.read(name, b.start, b.stop), share=share)
+    product = found.product
+    return lambda b: safe_merge(b.finetune, safe_lora(b.aligned, product.read(b.start, b.stop)), share=share)
+
+
+def _prepare_lox(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
+    gamma, rank = settings.gamma, settings.rank
+    assert gamma is not None
+    assert rank is not None
+    found = (
+        low_rank_direction(inputs.lineage, inputs.name, rank)
+        if is_matrix(inputs.lineage.aligned, inputs.name)
+        else None
+    )
+    if found is None:
+        return _keep_finetune(inputs)
+    product = found
+    return lambda b: lox(b.finetune, product.read(b.start, b.stop), gamma=gamma)
+
+
 METHODS: Mapping[str, Method] = {
     m.name: m
     for m in (
         Method("masked", "https://arxiv.org/abs/2405.09055", _prepare_masked, needs_mask=True),
         Method("interpolation", "https://arxiv.org/abs/2109.01903", _prepare_interpolation),
-        Method("resta", "https://arxiv.org/abs/2402.11746", _prepare_resta, needs_unaligned=True),
+        Method("resta", "https://arxiv.org/abs/2402.11746", _prepare_resta, needs_unaligned=True, keeps_equal=False),
         Method("random_mask", "https://arxiv.org/abs/2405.09055", _prepare_random),
+        Method(
+            "safe_lora",
+            "https://arxiv.org/abs/2405.16833",
+            _prepare_safe_lora,
+            needs_unaligned=True,
+            whole_tensors=True,
+            settle=_settle_lowest,
+        ),
+        Method(
+            "safe_merge",
+            "https://arxiv.org/abs/2503.17239",
+            _prepare_safe_merge,
+            needs_unaligned=True,
+            takes_safe=True,
+            keeps_equal=False,
+            whole_tensors=True,
+            settle=_settle_lowest,
+        ),
+        Method(
+            "lox",
+            "https://arxiv.org/abs/2506.15606",
+            _prepare_lox,
+            needs_unaligned=True,
+            keeps_equal=False,
+            whole_tensors=True,
+        ),
     )
 }
 

@@ -9,15 +9,23 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MethodName = Literal["masked", "interpolation", "resta", "random_mask"]
+MethodName = Literal["masked", "interpolation", "resta", "random_mask", "safe_lora", "safe_merge", "lox"]
 
 _OWN_FIELDS: dict[str, frozenset[str]] = {
     "masked": frozenset({"form", "scale", "rescale"}),
     "interpolation": frozenset({"alpha"}),
     "resta": frozenset({"gamma"}),
     "random_mask": frozenset({"scale", "rescale", "seed", "density"}),
+    "safe_lora": frozenset({"similarity", "lowest"}),
+    "safe_merge": frozenset({"similarity", "lowest", "safe_share"}),
+    "lox": frozenset({"gamma", "rank"}),
 }
-_REQUIRED: dict[str, str] = {"masked": "form", "interpolation": "alpha", "resta": "gamma"}
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "masked": ("form",),
+    "interpolation": ("alpha",),
+    "resta": ("gamma",),
+    "lox": ("gamma", "rank"),
+}
 
 
 class FusionSettings(BaseModel):
@@ -28,7 +36,8 @@ class FusionSettings(BaseModel):
 
     method: MethodName
     """`masked`: a learned mask on the delta; `interpolation`: WiSE-FT; `resta`: add the safety vector; `random_mask`:
-    the control, a random mask as dense as the learned one."""
+    the control, a random mask as dense as the learned one; `safe_lora`, `safe_merge`: matrices whose change lies away from what
+    alignment changed are projected on that, or merged with safe ones; `lox`: add the safety vector's low-rank part."""
     form: Literal["soft", "binary"] | None = None
     """masked: `soft` = σ(ℓ), `binary` = ℓ > 0."""
     scale: float = Field(1.0, gt=0, allow_inf_nan=False)
@@ -38,25 +47,39 @@ class FusionSettings(BaseModel):
     alpha: float | None = Field(None, allow_inf_nan=False)
     """interpolation: α of θ_safe + α τ."""
     gamma: float | None = Field(None, allow_inf_nan=False)
-    """resta: γ of θ_t + γ (θ_safe − θ_u)."""
+    """resta: γ of θ_t + γ (θ_safe − θ_u); lox: of θ_t + γ SVD_k(θ_safe − θ_u)."""
+    rank: int | None = Field(None, ge=1)
+    """lox: k, the rank of what is added to each matrix."""
+    similarity: float | None = Field(None, ge=-1, le=1, allow_inf_nan=False)
+    """safe_lora, safe_merge: matrices are restored whose cosine between C ΔW and ΔW is at most this; others keep the
+    finetune."""
+    lowest: int | None = Field(None, ge=1)
+    """safe_lora, safe_merge, instead of `similarity`: how many matrices are restored, those with the lowest cosines."""
+    safe_share: float = Field(0.2, ge=0, le=1)
+    """safe_merge: the safe part's share s in (1 − s) ΔW + s ΔW_safe; 0.2 as published."""
     seed: int = Field(0, ge=0)
     """random_mask: which random mask."""
     density: float | None = Field(None, ge=0, le=1)
     """random_mask without a learned mask: the share of ones in every tensor."""
     output_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """None: per tensor the wider of aligned and finetune, so that a select loses no bit."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How fp32 becomes bf16: to the nearest, or by a loaded coin (counted noise), so that what is too small to be seen in one
+    weight is kept in the mean of many."""
     max_shard_bytes: int = Field(5_000_000_000, gt=0)
     """Largest weight file, in bytes (a larger tensor has a file of its own)."""
 
     @model_validator(mode="after")
     def _fields_fit_the_method(self) -> Self:
-        own = _OWN_FIELDS[self.method] | {"method", "output_dtype", "max_shard_bytes"}
+        own = _OWN_FIELDS[self.method] | {"method", "output_dtype", "rounding", "max_shard_bytes"}
         useless = sorted(self.model_fields_set - own)
         # Leaving a field at its default in so many words is no wish.
         useless = [f for f in useless if getattr(self, f) != type(self).model_fields[f].default]
         if useless:
             raise ValueError(f"method {self.method} has no use for {', '.join(useless)}")
-        needed = _REQUIRED.get(self.method)
-        if needed is not None and getattr(self, needed) is None:
-            raise ValueError(f"method {self.method} needs {needed}")
+        missing = [field for field in _REQUIRED.get(self.method, ()) if getattr(self, field) is None]
+        if missing:
+            raise ValueError(f"method {self.method} needs {' and '.join(missing)}")
+        if "similarity" in own and (self.similarity is None) == (self.lowest is None):
+            raise ValueError(f"method {self.method} needs either similarity or lowest")
         return self

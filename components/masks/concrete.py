@@ -104,24 +104,28 @@ def hash_words(
         start = high
 
 
-def mask_uniforms(*, seed: int, step: int, segments: Sequence[Segment], device: str = "cpu") -> torch.Tensor:
-    """The u of a mask sample at the positions of `segments`, one after the other: 1-D fp32 on the open (0, 1), odd multiples
-    of 2⁻¹⁷.
+def mask_halves(*, seed: int, step: int, segments: Sequence[Segment], device: str = "cpu") -> torch.Tensor:
+    """Uniform 16-bit integers at the positions of `segments`, one after the other: 1-D int16.
 
-    Two positions share a hash word, 16 bits each: half the cost of a word each, and |log u − log(1−u)| ≤ 11.8. Meant for
-    some 2 × BLOCK elements at once.
+    Two positions share a hash word: half the cost of a word each. Meant for some 2 × BLOCK elements at once.
     """
     ranges = [(name, start // 2, (stop + 1) // 2) for name, start, stop in segments]
     halves = _hashed(seed, step, ranges, device).view(torch.int16)
-    out = torch.empty(sum(stop - start for _, start, stop in segments), device=device)
-    if out.numel() == halves.numel():
-        out.copy_(halves)
-    else:
-        at = position = 0
-        for (_, start, stop), (_, first, last) in zip(segments, ranges, strict=True):
-            begin = position + start - 2 * first
-            out[at : at + stop - start].copy_(halves[begin : begin + stop - start])
-            at, position = at + stop - start, position + 2 * (last - first)
+    count = sum(stop - start for _, start, stop in segments)
+    if count == halves.numel():
+        return halves
+    out = torch.empty(count, dtype=torch.int16, device=device)
+    at = position = 0
+    for (_, start, stop), (_, first, last) in zip(segments, ranges, strict=True):
+        begin = position + start - 2 * first
+        out[at : at + stop - start].copy_(halves[begin : begin + stop - start])
+        at, position = at + stop - start, position + 2 * (last - first)
+    return out
+
+
+def mask_uniforms(*, seed: int, step: int, segments: Sequence[Segment], device: str = "cpu") -> torch.Tensor:
+    """The u of a mask sample: `mask_halves` on the open (0, 1), odd multiples of 2⁻¹⁷, 1-D fp32; |log u − log(1−u)| ≤ 11.8."""
+    out = mask_halves(seed=seed, step=step, segments=segments, device=device).float()
     # (h + ½)/2¹⁶ + ½ for h in [−2¹⁵, 2¹⁵), exact in fp32, in one operation.
     return torch.add(_scalar_like(0.5 + 2.0**-17, out), out, alpha=2.0**-16, out=out)
 

@@ -107,6 +107,7 @@ def test_merges_are_realigned_in_place_of_their_finetunes(place: Path) -> None: 
         ("of: [zh, hi]", "of: [hi]", "merge pair is of fewer than two finetunes"),
         ("of: [zh, hi]", "of: [zh, hi], weights: {en: 2}", r"not there: en \(there: zh, hi\)"),
         ("scale: 0.4", "density: 0.4", "task_arithmetic has no use for density"),
+        ("task_arithmetic, scale: 0.4", "slerp, t: 0.4", "merge sum: slerp is between two models"),
         ("path: hi, anchor: anchor.jsonl", "path: hi, mask_of: zh", "mask_of has no meaning in mode: merge"),
         ("path: hi, anchor: anchor.jsonl", "path: hi", "finetunes without `anchor`: hi"),
         ("mode: merge", "fusion: {adapter: {}}\nmode: merge", "mode: merge: remove fusion.adapter"),

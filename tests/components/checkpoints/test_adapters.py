@@ -1,4 +1,4 @@
-"""LoraSource against PEFT's own merge on the base loaded in fp32, and adapters that must be refused."""
+"""LoraSource (LoRA and DoRA) against PEFT's own merge on the base loaded in fp32, and adapters that must be refused."""
 
 from __future__ import annotations
 
@@ -37,17 +37,19 @@ def make_adapter(model: Any, path: Path, *, base: Path, seed: int = 0, **config:
     return path
 
 
-def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """What PEFT makes of the base in fp32."""
+def merged_by_peft(base: Path, adapter: Path, *, rows: int | None = None) -> dict[str, torch.Tensor]:
+    """What PEFT makes of the base in fp32, after its vocabulary was given `rows`."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
     return dict(PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict())
 
 
 def assert_equals_peft(base: Path, adapter: Path, *, exactly: bool = True) -> LoraSource:
-    """Every tensor. Equal bits, or (many tiles) within 4 rounding errors of the fp32 sum over the rank."""
+    """Every tensor. Equal bits, or (many tiles, or DoRA's norms) within 4 rounding errors of the largest element."""
     full = SafetensorsSource(base)
     source = LoraSource(adapter, full, model_type=full.config["model_type"])
     want = merged_by_peft(base, adapter)
@@ -144,6 +146,81 @@ def test_any_range_gives_the_same_bits_and_only_its_tiles_are_computed(
     assert rows * cols > 5 * per_tile
 
 
+DORA: dict[str, tuple[Any, dict[str, Any]]] = {
+    "linear": (llama, {"target_modules": "all-linear"}),
+    "rslora-patterns": (llama, {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
+    "embedding": (llama, {"target_modules": ["embed_tokens", "k_proj", "lm_head"]}),
+    "conv1d": (gpt2, {"target_modules": ["c_attn", "attn.c_proj", "c_fc"]}),
+    "biases": (qwen, {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}),
+    "modules_to_save": (llama, {"modules_to_save": ["lm_head"]}),
+}
+
+
+@pytest.mark.parametrize(("case", "tile"), [*((case, 200) for case in DORA), ("linear", 1 << 20), ("conv1d", 1 << 20)])
+def test_dora_equals_merge_and_unload(case: str, tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "_TILE_ELEMENTS", tile)
+    make, config = DORA[case]
+    model = make(3)
+    base = save(model, tmp_path / "base")
+    adapter = make_adapter(model, tmp_path / "adapter", base=base, use_dora=True, **config)
+    source = assert_equals_peft(base, adapter, exactly=False)
+    full = SafetensorsSource(base)
+    assert source.pairs()
+    for name, pair in source.pairs().items():
+        assert pair.magnitude is not None
+        want = dora_in_fp64(source, full, name)
+        bound = 4 * torch.finfo(torch.float32).eps * want.abs().max()
+        assert (read_whole(source, name).double() - want).abs().max() <= bound, name
+        assert (read_whole(source, name) - read_whole(full, name)).abs().max() > 0.01, name
+
+
+def dora_in_fp64(source: LoraSource, base: SafetensorsSource, name: str) -> torch.Tensor:
+    """The formula of the paper's section 4, a whole matrix at a time, inputs along the second dimension."""
+    pair = source.pairs()[name]
+    stored = load_file(source.files[-1])
+    assert pair.magnitude is not None
+    a, b, magnitude = (stored[key].double() for key in (pair.a, pair.b, pair.magnitude))
+    weight = read_whole(base, name).double()
+    direction = (weight.T if pair.transposed else weight) + pair.scaling * (b @ a)
+    merged = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    return merged.T if pair.transposed else merged
+
+
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["rows", "columns"])
+def test_any_range_of_dora_gives_the_same_bits(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "_TILE_ELEMENTS", 200)
+    model = make(1)
+    base = save(model, tmp_path / "base")
+    target = "up_proj" if make is llama else "c_fc"
+    adapter = make_adapter(model, tmp_path / "adapter", base=base, target_modules=[target], use_dora=True)
+    full = SafetensorsSource(base)
+    name = LoraSource(adapter, full, model_type=full.config["model_type"]).adapted()[0]
+    whole = LoraSource(adapter, full, model_type=full.config["model_type"]).read(name)
+    again = LoraSource(adapter, full, model_type=full.config["model_type"])
+    for start in range(whole.numel() - 53, -1, -37):  # from behind: no earlier read has gone over what is asked for
+        assert same_bits(again.read(name, start, start + 53), whole[start : start + 53])
+    assert again.read(name, 5, 5).numel() == 0
+
+
+def test_a_cut_dora_adapter_is_refused(tmp_path: Path) -> None:
+    model = llama(0)
+    base = save(model, tmp_path / "base")
+    adapter = make_adapter(model, tmp_path / "adapter", base=base, use_dora=True)
+    file = adapter / "adapter_model.safetensors"
+    q0, v1 = (f"base_model.model.model.layers.{i}.self_attn.{p}_proj" for i, p in ((0, "q"), (1, "v")))
+    tensors = load_file(file)
+    tensors[f"{q0}.lora_magnitude_vector"] = torch.ones(31)
+    del tensors[f"{v1}.lora_magnitude_vector"]
+    tensors["base_model.model.model.norm.lora_magnitude_vector"] = torch.ones(32)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError) as caught:
+        LoraSource(adapter, SafetensorsSource(base))
+    message = str(caught.value)
+    assert "module model.layers.0.self_attn.q_proj: magnitudes are [31], one for each of 32 outputs" in message
+    assert "module model.layers.1.self_attn.v_proj has no DoRA magnitudes, use_dora asks for them" in message
+    assert "module model.norm has DoRA magnitudes and no factors" in message
+
+
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     model = llama(0)
@@ -154,12 +231,12 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "DoRA is not supported"),
         ({"peft_type": "IA3"}, "peft_type IA3 is not supported, only LORA"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa changes the base"),
         ({"r": 0, "lora_alpha": None}, r"r must be a positive number, not 0; lora_alpha must be"),
-        ({"use_dora": True, "layer_replication": [[0, 1]]}, "DoRA.*; replicated layers"),
+        ({"lora_bias": True, "layer_replication": [[0, 1]]}, "lora_bias.*; replicated layers"),
+        ({"use_dora": True}, r"q_proj has no DoRA magnitudes, use_dora asks for them; .*v_proj has no DoRA"),
         ({"r": 5}, r"are not of rank 5; .*are not of rank 5"),
     ],
 )
@@ -182,6 +259,7 @@ def test_everything_that_does_not_fit_is_listed(pair: tuple[Path, Path]) -> None
     tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_B.weight"] = torch.zeros(32, 4)
     tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(65, 32)
     tensors[f"{q0}.lora_magnitude_vector"] = torch.zeros(32)
+    tensors[f"{q0}.lora_bias_like"] = torch.zeros(32)
     save_file(tensors, file)
     with pytest.raises(CheckpointError) as caught:
         LoraSource(adapter, SafetensorsSource(base))
@@ -191,7 +269,10 @@ def test_everything_that_does_not_fit_is_listed(pair: tuple[Path, Path]) -> None
     assert "module model.layers.1.self_attn.v_proj has only its A factor" in message
     assert "adapts module model.layers.7.self_attn.q_proj, which the base does not have" in message
     assert "saves model.embed_tokens.weight of shape [65, 32], the base's is [64, 32]" in message
-    assert "lora_magnitude_vector belongs to an adapter kind that is not supported" in message
+    assert (
+        f"holds DoRA magnitudes ({q0}.lora_magnitude_vector), but adapter_config.json does not say use_dora" in message
+    )
+    assert f"tensor {q0}.lora_bias_like belongs to an adapter kind that is not supported" in message
 
 
 def test_factors_missing_for_a_targeted_module(pair: tuple[Path, Path]) -> None:

@@ -204,7 +204,7 @@ def test_no_weights_no_config_quantised_stale(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no weights"):
         SafetensorsSource(tmp_path)
     edit_json(tmp_path / "config.json", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(CheckpointError, match=r"quantised \(gptq\)"):
+    with pytest.raises(CheckpointError, match=r"quantised \(config\.json: gptq\)"):
         SafetensorsSource(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not readable as JSON"):

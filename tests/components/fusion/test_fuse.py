@@ -128,10 +128,10 @@ def test_soft_against_fp64(finetune: str, rescale: str, family: dict[str, Checkp
         assert torch.allclose(read_whole(written, name).double(), want, rtol=1e-5, atol=1e-7), name
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     block=st.integers(50, 3_000),
-    method=st.sampled_from(["soft", "binary", "random", "resta", "interpolation"]),
+    method=st.sampled_from(["soft", "binary", "random", "resta", "interpolation", "safe_lora", "safe_merge", "lox"]),
     finetune=st.sampled_from(["half", "full", "adapter"]),
 )
 def test_any_block_size_gives_the_same_bytes(
@@ -143,6 +143,9 @@ def test_any_block_size_gives_the_same_bytes(
         "random": {"method": "random_mask"},
         "resta": {"method": "resta", "gamma": 0.3},
         "interpolation": {"method": "interpolation", "alpha": 0.3},
+        "safe_lora": {"method": "safe_lora", "lowest": 5},
+        "safe_merge": {"method": "safe_merge", "similarity": 0.9},
+        "lox": {"method": "lox", "gamma": 0.5, "rank": 3},
     }
     aligned = family["aligned"]
     written = []

@@ -28,6 +28,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "attn.c_proj", "c_fc"]}),
     "biases": ("qwen", {"bias": "lora_only", "target_modules": ["q_proj", "down_proj"]}),
+    "dora": ("llama", {"use_dora": True, "target_modules": "all-linear"}),
+    "dora-conv1d": ("gpt2", {"use_dora": True, "target_modules": ["c_attn", "attn.c_proj", "c_fc"]}),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from components.errors import CheckpointError
+from components.errors import CheckpointError, ConfigError
+from components.fusion.merge_functions import BLOCK, dropped, ties, weighted_sum
 from components.fusion.merge_settings import MergeSettings
-from components.fusion.merging import BLOCK, MergedSource, dropped, find_thresholds, ties, weighted_sum
+from components.fusion.merging import MergedSource, find_thresholds
 from components.fusion.thresholds import kth_largest_magnitude
 from tests.components.checkpoints.tiny import MemorySource
 
@@ -91,14 +93,52 @@ def test_ties_over_the_whole_model_has_one_threshold() -> None:
         assert found[one]["big"] == found[one]["small"] == pytest.approx(want, rel=1e-6)
 
 
+def test_each_finetune_and_tensor_may_have_a_density_of_its_own() -> None:
+    aligned, finetunes = family()
+    own: dict[str, Any] = {"densities": {"zh": 0.9, "code": {"sm*": 0.5, "*": 0.1}}, "density": 0.3}
+    shares = {"big": (0.9, 0.1, 0.3), "small": (0.9, 0.5, 0.3)}
+    found = find_thresholds(aligned, finetunes, MergeSettings(method="ties", **own))
+    for name, of in shares.items():
+        for row, one, share in zip(deltas_of(aligned, finetunes, name), NAMES, of, strict=True):
+            want = np.sort(np.abs(row))[-max(1, round(share * row.size))]
+            assert found[one][name] == pytest.approx(want, rel=1e-6)
+    base, merge = aligned.tensors["big"].reshape(-1), MergeSettings(method="dare", seed=4, **own)
+    got = merged(merge, aligned, finetunes).read("big")
+    drops = [
+        dropped(finetunes[one].tensors["big"].reshape(-1) - base, keep=share, seed=4, name=f"{one}/big", start=0)
+        for one, share in zip(NAMES, shares["big"], strict=True)
+    ]
+    torch.testing.assert_close(got, base + drops[0] + drops[1] + drops[2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ({"densities": {"zh": {}}}, "no pattern is given"),
+        ({"densities": {"zh": 0}}, "above 0 and at most 1"),
+        ({"densities": {"zh": {"*": 1.5}}}, "above 0 and at most 1"),
+        ({"densities": {"zh": {"*": 0.5}}, "threshold": "model"}, "whole model has one density"),
+    ],
+)
+def test_densities_that_mean_nothing_are_refused(own: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        MergeSettings(method="ties", **own)
+    aligned, finetunes = family()
+    unknown = MergeSettings(method="dare", densities={"zh": {"attention": 0.5}, "hi": 0.5})
+    with pytest.raises(
+        ConfigError, match=r"densities names 'hi'.*densities of zh: pattern 'attention' matches no tensor"
+    ):
+        MergedSource(aligned, finetunes, unknown)
+
+
 def test_dare_drops_its_share_and_keeps_the_mean() -> None:
     ones = torch.ones(200_000)
-    found = dropped(ones, keep=0.8, seed=1, name="zh/w", start=0)
+    found = dropped(ones.clone(), keep=0.8, seed=1, name="zh/w", start=0)
     assert sorted(set(found.tolist())) == [0.0, 1.25]
     assert float((found > 0).float().mean()) == pytest.approx(0.8, abs=0.005)
-    assert torch.equal(found[777:9001], dropped(ones[777:9001], keep=0.8, seed=1, name="zh/w", start=777))
+    assert torch.equal(found[777:9001], dropped(ones[777:9001].clone(), keep=0.8, seed=1, name="zh/w", start=777))
     for other in ({"seed": 2}, {"name": "code/w"}):
-        again = dropped(ones, **{"keep": 0.8, "seed": 1, "name": "zh/w", "start": 0, **other})  # type: ignore[arg-type]
+        again = dropped(ones.clone(), **{"keep": 0.8, "seed": 1, "name": "zh/w", "start": 0, **other})  # type: ignore[arg-type]
         assert float((again == found).float().mean()) == pytest.approx(0.8**2 + 0.2**2, abs=0.01)
 
 
@@ -167,8 +207,8 @@ def test_the_kth_largest_magnitude_is_exact(values: list[float], data: st.DataOb
 
 def test_equal_task_vectors_survive_every_merge_that_averages() -> None:
     delta = torch.tensor([0.5, -0.25, 0.125])
-    assert torch.equal(weighted_sum([delta, delta], [0.5, 0.5]), delta)
-    assert torch.equal(ties([delta, delta, -delta], [1.0] * 3, [0.0] * 3, mean=True), delta)
+    assert torch.equal(weighted_sum([delta.clone(), delta.clone()], [0.5, 0.5]), delta)
+    assert torch.equal(ties([delta.clone(), delta.clone(), -delta], [1.0] * 3, [0.0] * 3, mean=True), delta)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.fusion.fused import FusedSource
+from components.fusion.inputs import Block, TensorInputs
 from components.fusion.methods import (
-    Block,
-    TensorInputs,
     blend,
     interpolation,
     masked,
@@ -17,8 +19,9 @@ from components.fusion.methods import (
     resta,
     select,
 )
+from components.fusion.random_subset import RandomSubset
 from components.fusion.settings import FusionSettings
-from tests.components.checkpoints.tiny import LogitMask, same_bits
+from tests.components.checkpoints.tiny import LogitMask, MemorySource, same_bits
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float32).eps
@@ -116,3 +119,67 @@ def test_rescaling_a_uniform_mask_is_the_finetune() -> None:
 
 def test_blend_of_nothing() -> None:
     assert blend(torch.zeros(0), torch.zeros(0), torch.zeros(0)).numel() == 0
+
+
+SHAPES = ((1,), (7,), (3, 5), (2, 3, 4), (65, 3), (130,), (0, 4))
+GIVEN: dict[str, dict[str, Any]] = {
+    "soft": {"method": "masked", "form": "soft", "scale": 0.7},
+    "soft, mean": {"method": "masked", "form": "soft", "rescale": "mean"},
+    "binary": {"method": "masked", "form": "binary"},
+    "binary, mean": {"method": "masked", "form": "binary", "rescale": "mean", "scale": 1.5},
+    "random": {"method": "random_mask"},
+    "random, mean": {"method": "random_mask", "rescale": "mean", "scale": 0.5},
+    "interpolation": {"method": "interpolation", "alpha": 0.3},
+    "resta": {"method": "resta", "gamma": 0.4},
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    given_=st.sampled_from(sorted(GIVEN)),
+    dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3),
+    out=st.sampled_from([None, "float32", "bfloat16", "float16"]),
+)
+def test_whole_models_against_fp64(seed: int, given_: str, dtypes: tuple[torch.dtype, ...], out: str | None) -> None:
+    """Every method over odd shapes, mixed dtypes and many elements in which the models agree, rounded once at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    models: list[dict[str, torch.Tensor]] = [{}, {}, {}]
+    logits = {}
+    for i, shape in enumerate(SHAPES):
+        base = torch.randn(shape, generator=generator)
+        logits[f"w{i}"] = torch.randint(-3, 4, shape, generator=generator).float()
+        for model, dtype in zip(models, dtypes, strict=True):
+            step = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.4)
+            model[f"w{i}"] = (base + step).to(dtype)
+    aligned, finetune, unaligned = (MemorySource(m) for m in models)
+    mask = LogitMask(logits, left_out=("w4",))
+    chosen = FusionSettings(output_dtype=out, **GIVEN[given_])  # type: ignore[arg-type]
+    source = FusedSource(aligned=aligned, finetune=finetune, settings=chosen, mask=mask, unaligned=unaligned)
+    for name in aligned.names():
+        a, f, u = (s.read(name).double() for s in (aligned, finetune, unaligned))
+        dtype = getattr(torch, out) if out else torch.promote_types(dtypes[0], dtypes[1])
+        if chosen.method == "interpolation":
+            want = a + 0.3 * (f - a)
+        elif chosen.method == "resta":
+            want = f + 0.4 * (a - u)
+        elif name == "w4":
+            want = f
+        else:
+            bits = mask.values[name].double()
+            m = (bits > 0).double() if chosen.form == "binary" else torch.sigmoid(bits)
+            if chosen.method == "random_mask":
+                m = (
+                    RandomSubset(seed=0, name=name, numel=a.numel(), count=int((bits > 0).sum()))
+                    .bits(0, a.numel())
+                    .double()
+                )
+                assert int(m.sum()) == int((bits > 0).sum())
+            mean = float(m.mean()) if chosen.rescale == "mean" and m.numel() else 1.0
+            want = a + (chosen.scale / mean if mean else 0.0) * m * (f - a)
+        got = source.read(name)
+        assert got.dtype == dtype
+        # a few fp32 roundings, then one to the output's type
+        size = a.abs() + f.abs() + u.abs() + want.abs()
+        bound = 8 * EPS * size + torch.finfo(dtype).eps * want.abs() / 2 * 1.01 + torch.finfo(dtype).smallest_normal
+        assert bool(((got.double() - want).abs() <= bound).all()), name

@@ -22,7 +22,16 @@ from components.fusion.settings import FusionSettings, MethodName
         ({"method": "resta"}, "method resta needs gamma"),
         ({"method": "masked", "form": "soft", "alpha": 0.5}, "method masked has no use for alpha"),
         ({"method": "resta", "gamma": 1, "scale": 2, "seed": 4}, "method resta has no use for scale, seed"),
-        ({"method": "slerp"}, "'masked', 'interpolation', 'resta' or 'random_mask'"),
+        ({"method": "slerp"}, "'masked', 'interpolation', 'resta', 'random_mask', 'safe_lora', 'safe_merge' or 'lox'"),
+        ({"method": "lox"}, "method lox needs gamma and rank"),
+        ({"method": "lox", "gamma": 1, "rank": 0}, "greater than or equal to 1"),
+        ({"method": "safe_lora"}, "method safe_lora needs either similarity or lowest"),
+        (
+            {"method": "safe_merge", "similarity": 0.5, "lowest": 3},
+            "method safe_merge needs either similarity or lowest",
+        ),
+        ({"method": "safe_lora", "lowest": 3, "safe_share": 0.5}, "method safe_lora has no use for safe_share"),
+        ({"method": "safe_merge", "similarity": 1.5}, "less than or equal to 1"),
         ({"method": "masked", "form": "soft", "lambda": 1}, "Extra inputs are not permitted"),
         ({"method": "masked", "form": "soft", "scale": 0}, "greater than 0"),
         ({"method": "interpolation", "alpha": float("nan")}, "finite"),
@@ -49,7 +58,7 @@ def test_defaults_in_so_many_words_are_allowed_and_settings_round_trip() -> None
 def test_every_name_is_registered_with_its_paper() -> None:
     assert set(METHODS) == set(MethodName.__args__)  # type: ignore[attr-defined]
     assert all(m.paper.startswith("https://arxiv.org/abs/") for m in METHODS.values())
-    with pytest.raises(ConfigError, match="'slerp' is unknown; there are interpolation, masked, random_mask, resta"):
+    with pytest.raises(ConfigError, match="'slerp' is unknown; there are interpolation, lox, masked, random_mask"):
         method_named("slerp")
 
 

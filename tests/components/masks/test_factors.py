@@ -225,6 +225,9 @@ def test_adapters_without_factors_of_their_own_are_refused(tmp_path: Path) -> No
     base, safe, _ = lora_pair(tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(CheckpointError, match=r"carries whole tensors \(base_model\.model\.lm_head\.weight\)"):
         open_checkpoint(safe, base=base, factors=True)
+    base, safe, _ = lora_pair(tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(CheckpointError, match=r"is a DoRA adapter \(.*q_proj\.weight\).*use track: weights"):
+        open_checkpoint(safe, base=base, factors=True)
     base, safe, _ = lora_pair(tmp_path / "other", target_modules=["q_proj"])
     aligned = open_checkpoint(safe, base=base, factors=True)
     config = json.loads((safe / "adapter_config.json").read_text())

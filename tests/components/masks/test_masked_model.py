@@ -482,16 +482,15 @@ def test_elements_that_the_finetune_left_alone_get_no_gradient_and_are_counted()
         assert float((s.logits[~same] != 2.0).float().mean()) > 0.5
 
 
-@pytest.mark.parametrize("preset", ["realign", "paper"])
+@pytest.mark.parametrize(("preset", "dora"), [("realign", False), ("paper", False), ("realign", True)])
 def test_a_lora_finetune_is_held_as_factors_and_trains_with_the_same_bits(
-    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    preset: str, dora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Matrices of 384 × 384 and larger, worked on in several pieces and merged in several tiles."""
     monkeypatch.setattr("components.checkpoints.adapters._TILE_ELEMENTS", 100_000)
     model = llama(0, torch.bfloat16, hidden_size=384, intermediate_size=400, num_hidden_layers=1)
-    adapter = make_adapter(
-        model, tmp_path / "adapter", base=save(model, tmp_path / "base"), target_modules="all-linear"
-    )
+    base = save(model, tmp_path / "base")
+    adapter = make_adapter(model, tmp_path / "adapter", base=base, target_modules="all-linear", use_dora=dora)
     aligned, lora = SafetensorsSource(tmp_path / "base"), LoraSource(adapter, SafetensorsSource(tmp_path / "base"))
     merged = DictSource({n: read_whole(lora, n) for n in lora.names()})
     settings = resolve(preset, {"exclude": ["*o_proj*"], "rescale": "mean"})

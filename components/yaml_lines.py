@@ -15,8 +15,10 @@ Location = tuple[str | int, ...]
 class LocatedYaml:
     """A YAML document as plain data, and the line of each key."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError for a file that cannot be read, is not YAML, is no mapping or has a key twice."""
+    def __init__(self, path: Path, *, meant: str) -> None:
+        """`meant` says what the document should be (`a run config is a mapping of …`), for the message where it is none.
+
+        Raises ConfigError for a file that cannot be read, is not YAML, is no mapping or has a key twice."""
         self.path = path
         try:
             text = path.read_text()
@@ -39,7 +41,7 @@ class LocatedYaml:
         if self._twice:
             raise ConfigError(f"{path}: keys given twice: {listed(self._twice)}; keep one of each")
         if not isinstance(self.data, dict):
-            raise ConfigError(f"{path}: a run config is a mapping of sections (name, aligned, finetunes, …)")
+            raise ConfigError(f"{path}: {meant}")
 
     def line(self, location: Location) -> int:
         """Line of the key at `location`, or of the nearest key above it that stands in the file."""

@@ -1,0 +1,121 @@
+"""Ways to make one task vector of several: plain functions of flattened fp32 slices, with their papers.
+
+They do no more than each element's own arithmetic, in an order that does not depend on where a slice begins: multiplication and
+addition are never one operation, which torch may or may not round once, by where in a vector an element stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from components.checkpoints.source import TensorSource, blocks
+from components.fusion.sums import dot
+from components.masks.concrete import mask_halves
+
+BLOCK = 131_072
+"""Elements of each model worked on at once: small enough for a core's cache (measured)."""
+_COLINEAR = 0.9995
+"""The cosine from which on an arc is taken for a line (mergekit's)."""
+
+
+def weighted_sum(deltas: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Σ w_t τ_t: task arithmetic, https://arxiv.org/abs/2212.04089; with w_t = 1/T weight averaging,
+    https://arxiv.org/abs/2203.05482. Overwrites the deltas."""
+    total: torch.Tensor | None = None
+    for delta, weight in zip(deltas, weights, strict=True):
+        if weight != 1:
+            delta.mul_(weight)
+        total = delta if total is None else total.add_(delta)
+    assert total is not None
+    return total
+
+
+def ties(
+    deltas: Sequence[torch.Tensor], weights: Sequence[float], thresholds: Sequence[float], *, mean: bool
+) -> torch.Tensor:
+    """Trim what is smaller than its threshold, elect each element's sign by the sum, join those that agree:
+    TIES, https://arxiv.org/abs/2306.01708. The mean is over the weights of those that agree. Overwrites the deltas."""
+    kept = [_trimmed(delta, threshold) for delta, threshold in zip(deltas, thresholds, strict=True)]
+    for one, weight in zip(kept, weights, strict=True):
+        if weight != 1:
+            one.mul_(weight)
+    elected = kept[0].clone()
+    for one in kept[1:]:  # one after the other: a stack's sum may add in any order
+        elected.add_(one)
+    elected.sign_()
+    total, share = torch.zeros_like(elected), torch.zeros_like(elected)
+    for one, weight in zip(kept, weights, strict=True):
+        agreeing = one.mul_(elected).clamp_min_(0)  # |w τ| where the signs agree, else 0
+        total.add_(agreeing)
+        if mean:
+            voted = agreeing.sign_()
+            share.add_(voted if abs(weight) == 1 else voted.mul_(abs(weight)))
+    total.mul_(elected)
+    return total.div_(share.clamp_min_(1e-12)) if mean else total
+
+
+def _trimmed(delta: torch.Tensor, threshold: float) -> torch.Tensor:
+    """τ where |τ| ≥ threshold, else 0."""
+    if threshold <= 0:
+        return delta
+    below = float(np.nextafter(np.float32(threshold), np.float32(0)))
+    return torch.nn.functional.hardshrink(delta, below)  # keeps what is greater: seven times as fast as a comparison
+
+
+def dropped(delta: torch.Tensor, *, keep: float, seed: int, name: str, start: int) -> torch.Tensor:
+    """Each element kept with probability `keep` and divided by it: DARE, https://arxiv.org/abs/2311.03099. Which ones is a
+    function of (seed, name, position), to 2⁻¹⁶ of the probability. Overwrites the delta."""
+    halves = mask_halves(seed=seed, step=0, segments=[(f"dare/{name}", start, start + delta.numel())])
+    # Kept where (h + ½)/2¹⁶ + ½ < keep. The sign of h − limit, spread over all bits, is the mask: no comparison, no select.
+    limit = math.ceil((keep - 0.5) * 65_536 - 0.5)
+    bits = halves.to(torch.int32).sub_(limit).bitwise_right_shift_(31)
+    delta.view(torch.int32).bitwise_and_(bits)
+    return delta if keep == 1 else delta.div_(keep)
+
+
+@dataclass(frozen=True)
+class Angle:
+    """What spherical interpolation needs of two whole tensors, taken in fp64."""
+
+    dot: float
+    first: float
+    """Norm of the first."""
+    second: float
+    """Norm of the second."""
+
+    @property
+    def cosine(self) -> float | None:
+        """None where one of them is zero (or not finite) and there is no angle."""
+        size = self.first * self.second
+        return min(1.0, max(-1.0, self.dot / size)) if 0 < size < math.inf else None
+
+
+def angle_between(first: TensorSource, second: TensorSource, name: str) -> Angle:
+    """Reads one tensor of both, block by block. The same number whatever the machine's threads."""
+    product = first_square = second_square = 0.0
+    for start, stop in blocks(first.spec(name).numel, BLOCK):
+        a, b = (source.read(name, start, stop) for source in (first, second))
+        product += dot(a, b)
+        first_square += dot(a, a)
+        second_square += dot(b, b)
+    return Angle(product, math.sqrt(first_square), math.sqrt(second_square))
+
+
+def slerp(first: torch.Tensor, second: torch.Tensor, *, t: float, angle: Angle) -> torch.Tensor:
+    """sin((1−t)Ω)/sin Ω · x + sin(tΩ)/sin Ω · y with Ω the angle between the whole tensors, norms left as they are: Shoemake
+    1985, https://dl.acm.org/doi/10.1145/325165.325242. Straight from x to y where they are nearly colinear (|cos Ω| > 0.9995,
+    as finetunes of one model mostly are) or one is zero. Exactly x at t = 0 and y at t = 1; slices in fp32."""
+    if t in (0, 1):
+        return second if t else first
+    cosine = angle.cosine
+    if cosine is None or abs(cosine) > _COLINEAR:
+        step = second - first
+        return first + step * t if t < 0.5 else second - step * (1 - t)
+    omega = math.acos(cosine)
+    # In two steps, as in weighted_sum.
+    return first * (math.sin((1 - t) * omega) / math.sin(omega)) + second * (math.sin(t * omega) / math.sin(omega))

@@ -1,0 +1,108 @@
+"""`realign fuse` as it is typed."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from components.errors import ConfigError
+from pipelines.cli import app
+from pipelines.fuse_command import FuseProgress, named_finetunes, named_numbers, outcome, recipe_of, size_in_bytes
+
+
+def test_finetunes_have_the_names_they_are_given_or_their_last_part() -> None:
+    assert named_finetunes(["zh=models/a", "models/hi/", "hf=owner/name@main"]) == {
+        "zh": "models/a", "hi": "models/hi/", "hf": "owner/name@main"
+    }  # fmt: skip
+    for wrong, told in (
+        (["a=x", "a=y"], "--finetune a is there twice"),
+        (["=x"], "as name=model"),
+        (["a="], "as name=mo"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            named_finetunes(wrong)
+
+
+def test_numbers_and_sizes() -> None:
+    assert named_numbers("--layer", ["*.mlp.*=0.5", "*=1"]) == {"*.mlp.*": 0.5, "*": 1.0}
+    assert size_in_bytes("5GB") == 5 * 10**9
+    assert size_in_bytes("1.5mb") == 1_500_000
+    assert size_in_bytes("4096") == 4096
+    with pytest.raises(ConfigError, match="--weight zh=big: give it as name=number"):
+        named_numbers("--weight", ["zh=big"])
+    for wrong in ("GB", "-1", "5 parsecs"):
+        with pytest.raises(ConfigError, match="give a size like 5GB"):
+            size_in_bytes(wrong)
+
+
+@pytest.mark.parametrize(
+    ("method", "finetunes", "numbers", "told"),
+    [
+        ("tasks", 1, {}, "method 'tasks' is unknown; there are average, task_arithmetic"),
+        ("dare", 2, {"threshold": "model"}, "method dare has no use for threshold"),
+        ("average", 2, {"weights": {"f0": 0.5}}, "method average has no use for weights"),
+        ("task_arithmetic", 2, {"weights": {"it": 0.5}}, "weights of it, the finetunes are f0, f1"),
+        ("interpolation", 1, {}, "method interpolation needs alpha"),
+        ("resta", 2, {"gamma": 0.5}, "resta is for one finetune, there are 2; a merge takes several"),
+        ("ties", 2, {"form": "soft"}, "masked needs a mask"),
+        ("ties", 2, {"density": 1.5}, "density: Input should be less than or equal to 1"),
+        ("random_mask", 1, {"density": 0.5}, "method 'random_mask' is unknown"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    method: str, finetunes: int, numbers: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        recipe_of(
+            aligned="a", finetunes={f"f{i}": "f" for i in range(finetunes)}, method=method, numbers=numbers, output={}
+        )
+
+
+def test_a_merge_under_a_mask_is_the_mask_on_the_merged_task_vector() -> None:
+    recipe = recipe_of(
+        aligned="a", finetunes={"zh": "z", "hi": "h"}, method="ties",
+        numbers={"density": 0.3, "form": "binary", "rescale": "mean", "scale": None}, output={}, mask=Path("mask"),
+    )  # fmt: skip
+    assert recipe.merge is not None
+    assert (recipe.merge.method, recipe.merge.density) == ("ties", 0.3)
+    assert (recipe.fusion.method, recipe.fusion.form, recipe.fusion.rescale) == ("masked", "binary", "mean")
+    assert recipe.method == "ties, masked"
+
+
+def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("pipelines.fuse_command.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    progress = FuseProgress(stream)
+    values = {"tensor": "w", "bytes": 10**9, "total_bytes": 4 * 10**9, "gb_per_s": 0.5, "seconds_left": 61.0}
+    progress(values)
+    clock[0] = 11.0
+    progress(values)
+    progress.end()
+    assert stream.getvalue() == " 25%  1.0 of 4.0 GB  0.50 GB/s  1:01 left\n"
+
+
+def test_the_outcome_tells_what_was_made() -> None:
+    record = {
+        "method": "ties", "recipe": {"finetunes": {"zh": "z"}, "aligned": "a"}, "parameters": 1234, "tensors": 3,
+        "unchanged_tensors": ["x"], "output_dtypes": ["bfloat16"], "bytes_read": 10**9, "bytes_written": 10**9,
+        "seconds": 2.0, "notes": ["n"], "fingerprint": "f",
+    }  # fmt: skip
+    text = outcome(Path("out"), record, made=True)
+    assert text == (
+        "out: ties of zh on a\n1,234 parameters in bfloat16, 1 of 3 tensors unchanged; 2.00 GB in 2.0 s\nnote: n\n"
+    )
+    assert "already" in outcome(Path("out"), record, made=False)
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    wrong = ["fuse", "--aligned", "a", "--finetune", "b=b", "--method", "tasks", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, wrong)
+    assert isinstance(result.exception, ConfigError)
+    result = CliRunner().invoke(app, ["fuse", "--help"])
+    assert result.exit_code == 0
+    assert "--max-shard" in result.output
