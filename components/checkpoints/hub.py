@@ -6,18 +6,15 @@ from pathlib import Path
 
 from components.checkpoints.adapter_parsing import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from components.checkpoints.places import HubId, Located
+from components.checkpoints.quantised import SIDE_FILES as QUANTISED_FILES
 from components.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, read_json
 from components.checkpoints.writer import TEMPLATE_DIRECTORY, TOKENIZER_FILES
 from components.errors import CheckpointError
 
-_SMALL = (
-    "config.json",
-    "generation_config.json",
-    ADAPTER_CONFIG,
-    INDEX_NAME,
-    *TOKENIZER_FILES,
-    f"{TEMPLATE_DIRECTORY}/*.jinja",
+SMALL = frozenset(
+    {"config.json", "generation_config.json", ADAPTER_CONFIG, INDEX_NAME, *TOKENIZER_FILES, *QUANTISED_FILES}
 )
+"""Files beside the weights that something here looks for, but for chat templates in a folder of their own."""
 
 
 def hub_snapshot(model: HubId) -> Located:
@@ -27,14 +24,15 @@ def hub_snapshot(model: HubId) -> Located:
     A branch or tag is resolved to its commit, which is noted. Raises CheckpointError when there is no such repository or
     revision, access is not granted, or the hub cannot be reached and the cache does not hold it.
     """
-    path = _fetch(model, model.revision, list(_SMALL))
+    small = [*sorted(SMALL), f"{TEMPLATE_DIRECTORY}/*.jinja"]
+    path = _fetch(model, model.revision, small)
     commit = path.name
     # Only what the index names: repositories carry the same weights a second time in other formats.
     weights = [SINGLE_NAME, ADAPTER_WEIGHTS]
     if (path / INDEX_NAME).is_file():
         weight_map = read_json(path / INDEX_NAME).get("weight_map")
         weights += sorted({only(f) for f in weight_map.values()}) if isinstance(weight_map, dict) else []
-    _fetch(model, commit, [*_SMALL, *weights])
+    _fetch(model, commit, [*small, *weights])
     note = f"{model.repo} of the hub at commit {commit}"
     if model.revision != commit:
         note += f", which {model.revision or 'main'} was when it was opened; write @{commit} to stay with it"

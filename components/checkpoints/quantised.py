@@ -10,7 +10,7 @@ from typing import Any
 from components.errors import listed
 
 _CONFIG_KEYS = ("quantization_config", "compression_config")
-_SIDE_FILES = {
+SIDE_FILES = {
     "quantize_config.json": "GPTQ, as AutoGPTQ writes it",
     "quant_config.json": "AWQ, as AutoAWQ writes it",
     "hf_quant_config.json": "ModelOpt",
@@ -47,7 +47,7 @@ def quantised_config(directory: Path, config: Mapping[str, Any]) -> str | None:
         for key in _CONFIG_KEYS:
             if part.get(key):
                 return f"config.json: {_method(key, part[key])}"
-    for file, kind in _SIDE_FILES.items():
+    for file, kind in SIDE_FILES.items():
         if (directory / file).is_file():
             return f"{kind}: there is a {file}; remove it if the weights are plain"
     return None

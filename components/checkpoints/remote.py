@@ -16,21 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from components.checkpoints.adapter_parsing import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from components.checkpoints.hub import hub_snapshot
+from components.checkpoints.adapter_parsing import ADAPTER_WEIGHTS
+from components.checkpoints.hub import SMALL, hub_snapshot
 from components.checkpoints.places import HubId, Located, RemoteFile, parse_reference, tag_of
-from components.checkpoints.safetensors import INDEX_NAME
 from components.checkpoints.source import blocks
 from components.checkpoints.stores import ask, filesystem
-from components.checkpoints.writer import TEMPLATE_DIRECTORY, TOKENIZER_FILES
+from components.checkpoints.writer import TEMPLATE_DIRECTORY
 from components.errors import CheckpointError, StorageError
 from components.records import RECORD_FILE
 
 UNFINISHED = ".unfinished"
 """Folder beside a model that is being uploaded: what was uploaded so far. Gone when the record is there."""
-SMALL = frozenset(
-    {"config.json", "generation_config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_NAME, *TOKENIZER_FILES}
-)
+FETCHED = SMALL | {ADAPTER_WEIGHTS}
 """What is fetched whole."""
 _CHUNK = 8 << 20
 
@@ -96,7 +93,7 @@ def _mirror(url: str, cache: Path) -> Located:
     unfinished = {name for name in files if name.startswith(f"{UNFINISHED}/")}
     if unfinished and RECORD_FILE not in files:
         raise CheckpointError(f"{url}: is still being uploaded, or its upload was cut off; run the upload again")
-    small = {name: file for name, file in files.items() if name in SMALL or name.startswith(f"{TEMPLATE_DIRECTORY}/")}
+    small = {name: file for name, file in files.items() if name in FETCHED or name.startswith(f"{TEMPLATE_DIRECTORY}/")}
     key = json.dumps([url, *((name, f.size, f.etag) for name, f in sorted(small.items()))])
     place = cache / "remote" / hashlib.sha256(key.encode()).hexdigest()[:32]
     directory = place / url.rsplit("/", 1)[1]

@@ -23,7 +23,7 @@ import torch
 
 from components.checkpoints.headers import layout
 from components.checkpoints.places import HubId, RemoteFile, parse_reference
-from components.checkpoints.remote import SMALL, UNFINISHED, list_files
+from components.checkpoints.remote import FETCHED, UNFINISHED, list_files
 from components.checkpoints.safetensors import INDEX_NAME
 from components.checkpoints.source import TensorSource, blocks
 from components.checkpoints.stores import ask, filesystem
@@ -120,7 +120,11 @@ class Output:
         if wrong:
             raise StorageError(f"{self.url}: missing, or changed since they were written: {listed(wrong)}; run again")
         self._put(RECORD_FILE, record)
-        self._remove(sorted(name for name in there if name.startswith(f"{UNFINISHED}/")))
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the notes of an upload that was committed."""
+        self._remove(sorted(name for name in self._files() if name.startswith(f"{UNFINISHED}/")))
 
     def _files(self) -> dict[str, RemoteFile]:
         try:
@@ -177,7 +181,7 @@ class Output:
 
 
 def _is_of_model(name: str) -> bool:
-    return name.endswith(".safetensors") or name in SMALL or name.startswith(f"{TEMPLATE_DIRECTORY}/")
+    return name.endswith(".safetensors") or name in FETCHED or name.startswith(f"{TEMPLATE_DIRECTORY}/")
 
 
 def _is_same(file: RemoteFile | None, written: Written) -> bool:
@@ -207,6 +211,7 @@ def publish(directory: Path, output: Output, record: bytes, *, replace: bool = F
     StorageError when the store refuses.
     """
     if output.record() == record:
+        output.tidy()  # of a run that was cut off right after it had committed
         return
     paths = {p.relative_to(directory).as_posix(): p for p in sorted(directory.rglob("*")) if p.is_file()}
     paths.pop(RECORD_FILE, None)

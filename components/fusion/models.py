@@ -14,6 +14,7 @@ from components.checkpoints.reference import Checkpoint, open_checkpoint
 from components.checkpoints.source import TensorSource
 from components.errors import CheckpointError, RealignError
 from components.fusion.recipe import Recipe
+from components.records import file_sha256
 
 _NEAR_SAMPLE = 4096
 """Elements of each matrix that tell whether two models have one base: enough, and soon read."""
@@ -99,14 +100,19 @@ def _far(aligned: Checkpoint, finetunes: Mapping[str, Checkpoint]) -> list[str]:
 
 
 def versions(models: Models, mask: Path | None) -> dict[str, dict[str, list[Any]]]:
-    """role -> file -> what tells that it is another one now: size and time here, size and the store's tag elsewhere."""
+    """role -> file -> what tells that it is another one now: size and time here, size and the store's tag elsewhere. Files of
+    models from elsewhere go by the names that they have there, wherever their copies are kept."""
     found: dict[str, dict[str, list[Any]]] = {}
     for role, model in models.every().items():
         parts = [model] if model.base is None else [model, model.base]
-        found[role] = {str(f): _version(part, f) for part in parts for f in part.files}
+        found[role] = {_named(part, f): _version(part, f) for part in parts for f in part.files}
     if mask is not None:
         found["mask"] = {str(f): _version(None, f) for f in sorted(mask.rglob("*")) if f.is_file()}
     return found
+
+
+def _named(model: Checkpoint, path: Path) -> str:
+    return f"{model.where}/{path.relative_to(model.path).as_posix()}" if model.reference else str(path)
 
 
 def _version(model: Checkpoint | None, path: Path) -> list[Any]:
@@ -114,4 +120,7 @@ def _version(model: Checkpoint | None, path: Path) -> list[Any]:
     if remote is not None:
         return [remote.size, remote.etag]
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+    if model is None or not model.reference:
+        return [stat.st_size, stat.st_mtime_ns]
+    # The commit in a hub model's name says all; what was fetched of a prefix is small.
+    return [stat.st_size] if model.reference.startswith("hf://") else [stat.st_size, file_sha256(path)]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from components.checkpoints.source import read_whole
 from components.checkpoints.stores import is_transient
 from components.checkpoints.windows import Windows
 from components.errors import CheckpointError
-from tests.components.checkpoints.conftest import Store, digest, send_digest
 from tests.components.checkpoints.test_adapters import make_adapter
 from tests.components.checkpoints.tiny import edit_json, llama, rewrite, same_bits, save, save_tokenizer
+from tests.components.conftest import Store, digest, send_digest
 
 pytestmark = pytest.mark.service
 
@@ -215,6 +216,10 @@ def test_what_is_wrong_is_said_with_the_url(local: Path, store: Store, tmp_path:
     store.client.delete_object(Bucket=store.bucket, Key="m/config.json")
     with pytest.raises(CheckpointError, match=rf"{url}: no config\.json"):
         open_checkpoint(url)
+    quantised = store.upload(_another(local), "quantised")
+    store.client.put_object(Bucket=store.bucket, Key="quantised/quantize_config.json", Body=b"{}")
+    with pytest.raises(CheckpointError, match=rf"^{quantised}: weights are quantised \(GPTQ"):
+        open_checkpoint(quantised)
     store.client.put_object(Bucket=store.bucket, Key="pickled/config.json", Body=b"{}")
     store.client.put_object(Bucket=store.bucket, Key="pickled/pytorch_model.bin", Body=b"x")
     with pytest.raises(CheckpointError, match=r"pickled: only pickle weights \(pytorch_model\.bin\)"):
@@ -279,11 +284,11 @@ def test_transient_errors_are_tried_again(local: Path, store: Store, monkeypatch
     monkeypatch.setattr(stores, "FIRST_WAIT", 0.001)
     url = store.upload(_another(local), "m")
     real = places.RemoteFile._fetch
-    calls: list[int] = []
+    calls: Counter[tuple[str, int, int]] = Counter()
 
     def flaky(file: places.RemoteFile, start: int, stop: int) -> bytes:
-        calls.append(start)
-        if len(calls) % 3:
+        calls[file.name, start, stop] += 1
+        if calls[file.name, start, stop] % 3:
             raise OSError(5, "the store hiccups")
         return real(file, start, stop)
 

@@ -22,8 +22,8 @@ from components.checkpoints.source import TensorSource, read_whole
 from components.checkpoints.uploads import LEAST_PART, FileUpload, Written
 from components.checkpoints.writer import json_bytes, plan_shards, shard_index
 from components.errors import CheckpointError, StorageError
-from tests.components.checkpoints.conftest import Store
 from tests.components.checkpoints.tiny import llama, same_bits, save, save_tokenizer
+from tests.components.conftest import Store
 
 pytestmark = pytest.mark.service
 RECORD = b'{"fingerprint": "f"}'
@@ -57,7 +57,9 @@ def test_a_published_directory_reads_back_bit_identical(local: Path, store: Stor
     assert store.keys("out") == sorted([*(p.name for p in local.iterdir()), "record.json"])
     assert store.uploads() == []
     assert _same(open_checkpoint(output.url).source, SafetensorsSource(local))
+    store.client.put_object(Bucket=store.bucket, Key="out/.unfinished/upload.json", Body=b"{}")  # killed right after
     publish(local, output, RECORD)  # nothing left to do
+    assert store.keys("out") == sorted([*(p.name for p in local.iterdir()), "record.json"])
     with pytest.raises(
         StorageError, match=r"holds a model already \(record\.json\); choose another prefix, or replace it"
     ):
