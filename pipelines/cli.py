@@ -99,7 +99,7 @@ def plan(
 
 @app.command()
 def fuse(
-    out: Annotated[Path, typer.Option(help="The directory that the fused model gets.")],
+    out: Annotated[str, typer.Option(help="The directory, or s3://bucket/prefix, that the fused model gets.")],
     aligned: Annotated[
         str | None,
         typer.Option(help="The aligned model: a directory, s3://bucket/prefix, or owner/name@revision of the hub."),

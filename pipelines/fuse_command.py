@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pydantic import ValidationError
 
 from components.errors import ConfigError
 from components.fusion.recipe import Recipe, settings_of, told
+
+if TYPE_CHECKING:
+    from components.fusion.making import Fused
 
 _OF_A_MASK = ("form", "rescale")
 _MOST_PROCESSES = 8
@@ -146,25 +149,32 @@ class Typed:
         )
 
 
-def fuse_typed(typed: Typed, out: Path, *, processes: int | None, durable: bool, overwrite: bool) -> None:
+def fuse_typed(typed: Typed, out: str, *, processes: int | None, durable: bool, overwrite: bool) -> None:
     """Make it, and say so."""
     recipe = typed.recipe()
-    from components.fusion.job import fuse  # torch: when all that needs none has been said
     from components.workers import available_processes
 
     progress = FuseProgress()
+    processes = processes or min(_MOST_PROCESSES, available_processes())
     try:
-        fused = fuse(
-            recipe,
-            out,
-            processes=processes or min(_MOST_PROCESSES, available_processes()),
-            durable=durable,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        fused = _fused(recipe, out, processes, durable=durable, overwrite=overwrite, progress=progress)
     finally:
         progress.end()
-    sys.stdout.write(outcome(fused.directory, fused.record, made=fused.made))
+    sys.stdout.write(outcome(fused.place, fused.record, made=fused.made))
+
+
+def _fused(
+    recipe: Recipe, out: str, processes: int, *, durable: bool, overwrite: bool, progress: FuseProgress
+) -> Fused:
+    # These import torch: only now, when all that can be said without it has been said.
+    if "://" in out and not out.startswith("file://"):
+        from components.fusion.store_job import fuse_to_store
+
+        return fuse_to_store(recipe, out, processes=processes, overwrite=overwrite, progress=progress)
+    from components.fusion.job import fuse
+
+    directory = Path(out.removeprefix("file://"))
+    return fuse(recipe, directory, processes=processes, durable=durable, overwrite=overwrite, progress=progress)
 
 
 def _beside(config: Path, reference: str) -> str:
@@ -201,13 +211,13 @@ class FuseProgress:
             self._stream.flush()
 
 
-def outcome(directory: Path, record: Mapping[str, Any], *, made: bool) -> str:
+def outcome(place: str, record: Mapping[str, Any], *, made: bool) -> str:
     """What was made, in a few lines."""
     if not made:
-        return f"{directory} is that very model already (fingerprint {record['fingerprint']})\n"
+        return f"{place} is that very model already (fingerprint {record['fingerprint']})\n"
     moved = (record["bytes_read"] + record["bytes_written"]) / 1e9
     lines = [
-        f"{directory}: {record['method']} of {', '.join(record['recipe']['finetunes'])} on {record['recipe']['aligned']}",
+        f"{place}: {record['method']} of {', '.join(record['recipe']['finetunes'])} on {record['recipe']['aligned']}",
         f"{record['parameters']:,} parameters in {', '.join(record['output_dtypes'])}, "
         f"{len(record['unchanged_tensors'])} of {record['tensors']} tensors unchanged; "
         f"{moved:.2f} GB in {record['seconds']:.1f} s",

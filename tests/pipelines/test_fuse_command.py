@@ -92,11 +92,11 @@ def test_the_outcome_tells_what_was_made() -> None:
         "unchanged_tensors": ["x"], "output_dtypes": ["bfloat16"], "bytes_read": 10**9, "bytes_written": 10**9,
         "seconds": 2.0, "notes": ["n"], "fingerprint": "f",
     }  # fmt: skip
-    text = outcome(Path("out"), record, made=True)
+    text = outcome("out", record, made=True)
     assert text == (
         "out: ties of zh on a\n1,234 parameters in bfloat16, 1 of 3 tensors unchanged; 2.00 GB in 2.0 s\nnote: n\n"
     )
-    assert "already" in outcome(Path("out"), record, made=False)
+    assert "already" in outcome("out", record, made=False)
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,170 @@
+"""A recipe with its models open: what is made of them, and what is said of it, wherever it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from components.checkpoints.safetensors import read_json
+from components.checkpoints.source import TensorSpec
+from components.checkpoints.stream import Put
+from components.checkpoints.writer import copy_side_files, write_json
+from components.fusion.card import model_card
+from components.fusion.finite import refuse_not_finite
+from components.fusion.fuse import widest
+from components.fusion.fused import FusedSource, one_thread
+from components.fusion.merge_settings import MERGE_PAPERS
+from components.fusion.merging import MergedSource, find_thresholds
+from components.fusion.models import Models, open_models, versions
+from components.fusion.recipe import Recipe
+from components.masks.artifact import MaskArtifact
+
+BLOCK = 131_072
+"""Elements worked on at once (measured: with several models at hand, half of what one finetune's fusion takes)."""
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A published fusion."""
+
+    place: str
+    """Directory or URL."""
+    record: dict[str, Any]
+    made: bool
+    """False: it was there."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """One fusion. Raises what `open_models` raises when it is begun."""
+
+    recipe: Recipe
+    models: Models
+
+    @staticmethod
+    def of(recipe: Recipe) -> Making:
+        return Making(recipe, open_models(recipe))
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """Everything that decides the bytes: the recipe, and which files were read."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "inputs": versions(self.models, self.recipe.mask),
+            "code": _version_of("safety-realign"),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Twenty hex digits of the plan."""
+        return hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()[:20]
+
+    def source(self, processes: int) -> FusedSource:
+        """The fused model. What takes a look at all tensors is done here, by several processes, before there is anything to
+        write. Raises CheckpointError and ConfigError for what does not fit."""
+        sources = {name: model.source for name, model in self.models.finetunes.items()}
+        aligned, merge = self.models.aligned.source, self.recipe.merge
+        finetune = next(iter(sources.values()))
+        if merge is not None:
+            with one_thread():
+                wanted = merge.method == "ties"
+                thresholds = find_thresholds(aligned, sources, merge, processes=processes) if wanted else None
+            finetune = MergedSource(aligned, sources, merge, thresholds)
+        source = FusedSource(
+            aligned=aligned,
+            finetune=finetune,
+            settings=self.recipe.fusion,
+            mask=MaskArtifact.open(self.recipe.mask) if self.recipe.mask else None,
+            unaligned=self.models.unaligned.source if self.models.unaligned else None,
+            safe=self.models.safe.source if self.models.safe else None,
+            stored=self.models.stored(),
+        )
+        source.settled(processes)
+        return source
+
+    def bytes_read(self, name: str) -> int:
+        """Bytes that are read for an element of a tensor."""
+        return sum(model.source.spec(name).dtype.itemsize for model in self.models.every().values())
+
+    def side_files(self, source: FusedSource, directory: Path) -> list[str]:
+        """Write configs and tokenizer: of one finetune its own configs, of several the aligned model's."""
+        models = self.models
+        own = next(iter(models.finetunes.values())) if len(models.finetunes) == 1 else models.aligned
+        files = copy_side_files(
+            model_dir=own.model_dir,
+            tokenizer_dir=models.tokenizer.tokenizer_dir,
+            out_dir=directory,
+            dtype=widest(source.spec(name).dtype for name in source.names()),
+            fallback_dir=models.aligned.model_dir,
+        )
+        if models.config_changes:
+            write_json(directory / "config.json", read_json(directory / "config.json") | dict(models.config_changes))
+        return files
+
+    def card(self, record: Mapping[str, Any], directory: Path) -> str:
+        """Write the model card; its name."""
+        (directory / CARD_FILE).write_text(model_card(self.recipe, record), encoding="utf-8")
+        return CARD_FILE
+
+    def record(self, source: FusedSource, unchanged: Iterable[str]) -> dict[str, Any]:
+        """What was made of what."""
+        inputs = self.plan["inputs"]
+        masks = {"mask": {"mask": str(self.recipe.mask), "files": inputs["mask"]}} if self.recipe.mask else {}
+        return {
+            "schema_version": 1,
+            "kind": "fusion",
+            "fingerprint": self.fingerprint,
+            "method": self.recipe.method,
+            "papers": _papers(self.recipe, source),
+            "recipe": self.plan["recipe"],
+            "inputs": {
+                role: {"model": one.where, "kind": one.kind, "files": inputs[role]}
+                for role, one in self.models.every().items()
+            }
+            | masks,
+            "tensors": len(source.names()),
+            "parameters": sum(source.spec(name).numel for name in source.names()),
+            "output_dtypes": sorted({str(source.spec(n).dtype).removeprefix("torch.") for n in source.names()}),
+            "unchanged_tensors": sorted(unchanged),
+            "notes": list(self.models.notes),
+            "environment": {name: _version_of(name) for name in ("safety-realign", "torch")},
+        }
+
+
+def make_part(source: FusedSource, name: str, start: int, stop: int, put: Put) -> bool:
+    """Give elements [start, stop) to `put`; whether they are the aligned model's, which then are only copied."""
+    with one_thread():
+        if source.unchanged(name, start, stop):
+            values = source.aligned.read(name, start, stop)
+            _require_finite(name, source.spec(name), start, values)
+            put(start, values)
+            return True
+        for block in source.blocks(name, BLOCK, start, stop):
+            put(block.start, block.values)
+    return False
+
+
+def _require_finite(name: str, spec: TensorSpec, start: int, values: torch.Tensor) -> None:
+    if spec.dtype.is_floating_point and not bool(torch.isfinite(values.sum(dtype=torch.float32))):
+        refuse_not_finite(name, spec.shape, start, {"aligned": values})
+
+
+def _papers(recipe: Recipe, source: FusedSource) -> list[str]:
+    found = list(MERGE_PAPERS[recipe.merge.method]) if recipe.merge else []
+    return found if recipe.merge and recipe.mask is None else [*found, source.method.paper]
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
