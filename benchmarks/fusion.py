@@ -1,12 +1,13 @@
 """`python -m benchmarks.fusion`: `realign fuse` beside mergekit and beside a bare loop, whole processes with their start-up.
 
-A synthetic Llama of 1.19 B bf16 parameters and two finetunes of it, page cache warm, every leg in turn, three times:
+A synthetic Llama of 1.19 B bf16 parameters and two finetunes of it, page cache warm, every leg in turn, three times timed and
+once before that watched for its memory (to look is not free):
   ours       task arithmetic, DARE (density 0.8), TIES (density 0.2)
   mergekit   task arithmetic in bf16 and in fp32 (written as bf16), dare_linear, ties, at the same densities
   bare loop  `benchmarks/bare_loop.py`: task arithmetic over the same bytes in one thread, nothing checked
-Prints wall times (median and quartiles) and the peak anonymous memory of all processes of a leg together, then one JSON line;
-ratios above 1 are better for us. Memory that a fork shares counts in each process that has it: an upper bound. Outputs are
-deleted between runs; ours must equal the loop's, bit for bit.
+Prints wall times (median and quartiles) and the peak anonymous memory of all processes of a leg together (a page that a fork
+shares counts once), then one JSON line; ratios above 1 are better for us. Outputs are deleted between runs; ours must equal the
+loop's, bit for bit.
 
 mergekit runs in an environment of its own: `--mergekit VENV` takes one that is there, `--mergekit none` leaves it out, else one
 is made (and deleted). `--quick` takes a model of a few MB, which shows that it runs and nothing else. `--size 7b` measures our
@@ -64,7 +65,7 @@ class Run:
 
     seconds: float
     peak: int
-    """Anonymous memory of it and its descendants together, in bytes."""
+    """Most anonymous memory of it and its descendants together, in bytes; 0 where nobody watched."""
 
 
 def main(arguments: list[str]) -> int:
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     options.shape = "quick" if options.quick else options.size
     if options.quick:
-        options.rounds = 1
+        options.rounds = 0
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         report = _memory(Path(scratch), options) if options.size == "7b" else _speed(Path(scratch), options)
     sys.stdout.write(json.dumps({
@@ -93,26 +94,28 @@ def _speed(scratch: Path, options: argparse.Namespace) -> dict[str, object]:
     legs = _legs(scratch, options)
     models = _family(scratch, options.shape)
     runs: dict[str, list[Run]] = {name: [] for name in legs}
-    for round_ in range(options.rounds):
+    for round_ in range(options.rounds + 1):
         for name, leg in legs.items():
             out = scratch / "out" / name.replace(" ", "-")
-            runs[name].append(run(leg(out), warm=models.values(), settle=not options.quick))
-            keep = round_ == 0 and name in ("bare loop", "ours task_arithmetic")
-            if not keep:
+            runs[name].append(run(leg(out), warm=models.values(), watch=round_ == 0, settle=not options.quick))
+            if round_ or name not in ("bare loop", "ours task_arithmetic"):
                 shutil.rmtree(out)
-        if round_ == 0 and {"bare loop", "ours task_arithmetic"} <= legs.keys():
+        if not round_ and {"bare loop", "ours task_arithmetic"} <= legs.keys():
             both = [scratch / "out" / "bare-loop", scratch / "out" / "ours-task_arithmetic"]
             sys.stdout.write(f"ours and the bare loop: {_compared(*both)}\n")
         shutil.rmtree(scratch / "out", ignore_errors=True)
-    seconds = {name: median(one.seconds for one in of) for name, of in runs.items()}
-    for name, of in runs.items():
-        low, _, high = quantiles([one.seconds for one in of], n=4) if len(of) > 1 else (seconds[name],) * 3
-        peak = max(one.peak for one in of) / 2**20
-        sys.stdout.write(f"  {name:21} {seconds[name]:7.2f} s ({low:.2f}–{high:.2f})   {peak:7.0f} MiB anonymous\n")
+    peaks = {name: of[0].peak / 2**20 for name, of in runs.items()}
+    timed = {name: [one.seconds for one in of[1:] or of] for name, of in runs.items()}
+    seconds = {name: median(of) for name, of in timed.items()}
+    for name, of in timed.items():
+        low, _, high = quantiles(of, n=4) if len(of) > 1 else (seconds[name],) * 3
+        sys.stdout.write(
+            f"  {name:21} {seconds[name]:7.2f} s ({low:.2f}–{high:.2f})   {peaks[name]:7.0f} MiB anonymous\n"
+        )
     return {
         "ratios": {key: round(seconds[t] / seconds[o], 3) for key, (t, o) in RATIOS.items() if {t, o} <= legs.keys()},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "memory_mib": {name: round(max(one.peak for one in of) / 2**20, 1) for name, of in runs.items()},
+        "memory_mib": {name: round(peak, 1) for name, peak in peaks.items()},
     }
 
 
@@ -127,7 +130,7 @@ def _memory(scratch: Path, options: argparse.Namespace) -> dict[str, object]:
         models = _family(scratch, size)
         peaks.append({})
         for name, leg in legs.items():
-            peaks[-1][name] = run(leg(scratch / "out"), warm=models.values()).peak / 2**20
+            peaks[-1][name] = run(leg(scratch / "out"), warm=models.values(), watch=True).peak / 2**20
             shutil.rmtree(scratch / "out")
             sys.stdout.write(f"  {size:5} {name:21} {peaks[-1][name]:7.0f} MiB anonymous\n")
         shutil.rmtree(scratch / "models")
@@ -194,8 +197,8 @@ def _theirs(environment: Path, models: Mapping[str, Path], name: str, scratch: P
     return lambda out: mergekit_peer.command(environment, text, scratch / "mergekit.yml", out)
 
 
-def run(command: Sequence[str], *, warm: Iterable[Path] = (), settle: bool = False) -> Run:
-    """Run a command to its end and watch its memory. Files of the directories in `warm` are read before; `settle` waits for
+def run(command: Sequence[str], *, warm: Iterable[Path] = (), settle: bool = False, watch: bool = False) -> Run:
+    """Run a command to its end, and `watch` its memory. Files of the directories in `warm` are read before; `settle` waits for
     what is still on its way to the disk. Raises SystemExit with the end of what it said when it fails."""
     for directory in warm:
         _read_all(directory)
@@ -207,13 +210,15 @@ def run(command: Sequence[str], *, warm: Iterable[Path] = (), settle: bool = Fal
         began = time.perf_counter()
         process = subprocess.Popen(list(command), stdout=said, stderr=subprocess.STDOUT, cwd=ROOT)
         watcher = threading.Thread(target=_watch, args=(process.pid, peak, over))
-        watcher.start()
+        if watch:
+            watcher.start()
         try:
             code = process.wait()
             seconds = time.perf_counter() - began
         finally:
             over.set()
-            watcher.join()
+            if watch:
+                watcher.join()
             if process.poll() is None:
                 process.kill()
         if code:
@@ -241,12 +246,13 @@ def descendants(pid: int) -> list[int]:
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of memory of a process that no file stands behind; 0 when it has ended."""
+    """A process's share of the memory that no file stands behind, in bytes; 0 when it has ended. What several processes share
+    is divided among them, so that the sum over all of them counts it once."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:"))
 
 
 def _read_all(directory: Path) -> None:

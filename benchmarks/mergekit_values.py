@@ -139,6 +139,9 @@ class Pair:
     ours: MergedSource
     theirs: SafetensorsSource
     thresholds: Mapping[str, Mapping[str, float]] | None
+    """TIES only."""
+    rounded: bool
+    """mergekit took task vectors in bf16."""
 
     def output(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The same tensor of both, in the dtype that mergekit wrote."""
@@ -158,7 +161,8 @@ def _pair(file: Path) -> Pair:
     settings = MergeSettings(**recipe.settings(base.names()))
     thresholds = find_thresholds(base, finetunes, settings) if settings.method == "ties" else None
     ours = MergedSource(base, finetunes, settings, thresholds)
-    return Pair(base, finetunes, settings, ours, SafetensorsSource(file.with_suffix("")), thresholds)
+    rounded = recipe.output_dtype is None and base.spec(base.names()[0]).dtype == torch.bfloat16
+    return Pair(base, finetunes, settings, ours, SafetensorsSource(file.with_suffix("")), thresholds, rounded)
 
 
 def _exact(file: Path) -> dict[str, Any]:
@@ -174,7 +178,7 @@ def _exact(file: Path) -> dict[str, Any]:
         near += int((apart <= 1).sum())
         largest = max(largest, float((ours.float() - theirs.float()).abs().max()))
         moved.append(ours.float() - pair.base.read(name).float())
-        if pair.thresholds is not None:
+        if pair.settings.method in ("ties", "dare_ties"):
             far = apart > 1
             at, zero = _special(pair, name)
             at_threshold += int((far & at).sum())
@@ -184,25 +188,24 @@ def _exact(file: Path) -> dict[str, Any]:
         "within a unit": _percent(near, numel),
         "largest": f"{largest / float(torch.cat(moved).std()):.1e} σ",
     }
-    if pair.thresholds is not None and near < numel:
+    if pair.settings.method in ("ties", "dare_ties") and near < numel:
         found |= {"further apart": numel - near, "of these at the threshold": at_threshold, "cancelling": cancelled}
     return found
 
 
 def _special(pair: Pair, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights at which a finetune's magnitude is the threshold's (to a bf16 step), and whose kept task vectors sum to zero."""
-    assert pair.thresholds is not None
-    at, total, any_kept = None, None, None
+    """Weights at which a finetune's magnitude is the threshold's (to a bf16 step where mergekit rounds task vectors to that),
+    and whose kept task vectors sum to zero."""
+    numel = pair.base.spec(name).numel
+    at, any_kept = torch.zeros(numel, dtype=torch.bool), torch.zeros(numel, dtype=torch.bool)
+    total = torch.zeros(numel)
     for one, delta in pair.deltas(name).items():
-        limit = pair.thresholds[one][name]
-        near = (delta.abs() - limit).abs() <= limit * 2**-7
-        kept = delta * (delta.abs() >= limit) * pair.settings.weights[one]  # type: ignore[operator]
-        at = near if at is None else at | near
-        total = kept if total is None else total + kept
-        any_kept = kept != 0 if any_kept is None else any_kept | (kept != 0)
-    assert at is not None
-    assert total is not None
-    assert any_kept is not None
+        limit = 0.0 if pair.thresholds is None else pair.thresholds[one][name]
+        if pair.thresholds is not None:
+            at |= (delta.abs() - limit).abs() <= (limit * 2**-8 if pair.rounded else 0.0)
+        kept = delta * (delta.abs() >= limit)
+        total += kept * pair.settings.weights[one]  # type: ignore[operator]
+        any_kept |= kept != 0
     return at, (total == 0) & any_kept
 
 

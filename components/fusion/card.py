@@ -42,7 +42,7 @@ def model_card(recipe: Recipe, record: Mapping[str, Any]) -> str:
         f"{record['parameters']:,} parameters in {', '.join(record['output_dtypes'])}; "
         f"{len(record['unchanged_tensors'])} of {record['tensors']} tensors are the aligned model's, bit for bit.",
         "",
-        *(f"- {note}" for note in record["notes"]),
+        *([*(f"- {note}" for note in record["notes"]), ""] if record["notes"] else []),
         f"`{RECORD_FILE}` (fingerprint {record['fingerprint']}) says exactly what was read and with which settings.",
         "",
     ])  # fmt: skip

@@ -142,6 +142,7 @@ def fuse_checkpoint(
         unaligned=used_unaligned.source if used_unaligned else None,
         safe=used_safe.source if used_safe else None,
     )
+    source.settled(processes)  # what takes a look at all tensors, before there are several processes
     counts = {n: TensorCounts(source.spec(n).numel, _short(source.spec(n).dtype)) for n in source.names()}
 
     def work(name: str, start: int, stop: int, put: Put) -> dict[str, Any]:
@@ -162,6 +163,7 @@ def fuse_checkpoint(
         {name: source.spec(name) for name in source.names()},
         work,
         processes=processes,
+        whole=method.whole_tensors,
         read=lambda name: sum(i.spec(name).dtype.itemsize for i in inputs),
         progress=progress,
         **options,

@@ -150,14 +150,15 @@ class FusedSource:
             return to_bf16_stochastic(fused, seed=0, name=name, start=start)
         return fused.to(dtype)
 
-    def settled(self) -> FusionSettings:
+    def settled(self, processes: int = 1) -> FusionSettings:
         """Settings that decide by themselves for each tensor. Where the settings compare tensors (`lowest`), the first call
         looks at them all; a FusedSource that is given the result computes the same and need not look."""
         if self._settled is None:
             self._settled = self.settings
             if self.method.settle is not None and self.unaligned is not None:
                 lineage = Lineage(self.aligned, self.finetune, self.unaligned)
-                self._settled = self.method.settle(lineage, self.settings)
+                with one_thread():
+                    self._settled = self.method.settle(lineage, self.settings, processes)
         return self._settled
 
     def _kernel(self, name: str, spec: TensorSpec) -> Kernel:

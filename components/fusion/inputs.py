@@ -102,5 +102,5 @@ class Method:
     """Where aligned and finetune are equal, so is the result."""
     whole_tensors: bool = False
     """A kernel holds matrices: no more than one is to be kept at a time."""
-    settle: Callable[[Lineage, FusionSettings], FusionSettings] | None = None
-    """Finds, by looking at all tensors once, settings that need no such look."""
+    settle: Callable[[Lineage, FusionSettings, int], FusionSettings] | None = None
+    """Finds, by looking at all tensors once with so many processes, settings that need no such look."""

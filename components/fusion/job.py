@@ -166,7 +166,7 @@ def _fused(recipe: Recipe, models: Models, processes: int) -> FusedSource:
         safe=models.safe.source if models.safe else None,
         stored=models.stored(),
     )
-    source.settled()  # what takes a look at all tensors, before there are several processes
+    source.settled(processes)  # what takes a look at all tensors, before there are several processes
     return source
 
 

@@ -1,8 +1,9 @@
 """A fused model's delta as a LoRA adapter over the aligned model: per tensor the nearest matrix of a given rank.
 
 A mask takes elements away, so what it leaves of a product of rank r is itself of full rank: the adapter is an approximation,
-and how far off it is gets measured on the factors that are written. Whole tensors that the finetune's adapter carries
-(modules_to_save, trained biases) are written as they are.
+and how far off it is gets measured on the factors that are written. (DoRA rescales the base, which is of full rank too: such a
+finetune leaves as a plain LoRA.) Whole tensors that the finetune's adapter carries (modules_to_save, trained biases) are
+written as they are.
 """
 
 from __future__ import annotations

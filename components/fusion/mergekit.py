@@ -26,6 +26,8 @@ _ELSEWHERE = {
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 _FLAGS = ("normalize", "rescale")
+_TAKEN = ("aligned", "unaligned", "safe", "mask")
+"""Roles of a fusion, which no finetune may be called by."""
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -261,7 +263,7 @@ def _name(one: ModelReference, taken: Mapping[str, Any]) -> str:
     last = (one.adapter or one.model).rstrip("/").rsplit("/", 1)[-1].split("@")[0]
     base = "".join(c if c.isalnum() or c in "._-" else "-" for c in last).strip(".-") or "model"
     name, count = base, 1
-    while name in taken:
+    while name in taken or name in _TAKEN:
         count += 1
         name = f"{base}-{count}"
     return name

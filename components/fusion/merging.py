@@ -7,19 +7,21 @@ masking, by which a masked-out weight makes room for one that was too small to c
 the shared mask on the merge itself, and the gradient of m is the sum of every task's part. Spherical interpolation is no such
 merge: under a mask it is what the mask makes of (slerp − a), no more.
 
-Where mergekit (0.1.5, and its repository since) computes otherwise:
+Where mergekit (0.1.5) computes otherwise (`benchmarks/mergekit_values.py` measures it):
 
 * TIES keeps everything that is at least as large as the k-th magnitude, k = round(density · N) and at least 1; mergekit keeps
-  exactly int(density · N), of equal magnitudes those that its sort puts first, and fails where that is none.
+  exactly int(density · N), at least 1, of equal magnitudes those that its sort puts first.
 * Where the task vectors cancel to exactly zero no sign is elected and nothing is added; mergekit takes the positive ones.
 * The mean over those that agree divides by the sum of |w_t|; mergekit (`normalize`) by the sum of w_t, which with negative
   weights is another number and may be near zero.
 * `dare_ties` averages by default, as TIES does; mergekit's sums (`normalize: false`): `aggregate: sum`.
-* DARE's drops are a function of seed, finetune, tensor and position; mergekit's are drawn from torch's generator.
+* DARE's drops are a function of seed, finetune, tensor and position; mergekit's are drawn from torch's generator. What is kept
+  is divided by the density, as published; mergekit (`rescale`) restores the tensor's own sum of magnitudes, so that its factor
+  varies from tensor to tensor.
 * `weights` are used as given; mergekit's `linear` divides by their sum (`normalize: true`).
 * Slerp takes its dot product and norms in fp64 and starts from the nearer end when it falls back to a straight line, so equal
   weights stay equal; a tensor of zeros goes straight too, where mergekit still follows a quarter circle.
-* All arithmetic is fp32 whatever the inputs' dtype; mergekit computes in `dtype` or the base's own.
+* All arithmetic is fp32 whatever the inputs' dtype; mergekit computes task vectors in `dtype` or the inputs' own.
 """
 
 from __future__ import annotations

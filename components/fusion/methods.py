@@ -154,11 +154,12 @@ def _prepare_resta(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
     return lambda b: resta(b.aligned, b.finetune, source.read(inputs.name, b.start, b.stop), gamma=gamma)
 
 
-def _settle_lowest(lineage: Lineage, settings: FusionSettings) -> FusionSettings:
+def _settle_lowest(lineage: Lineage, settings: FusionSettings, processes: int) -> FusionSettings:
     """The matrices with the lowest cosines are those up to some cosine."""
     if settings.lowest is None:
         return settings
-    return settings.model_copy(update={"lowest": None, "similarity": lowest_cosine(lineage, settings.lowest)})
+    similarity = lowest_cosine(lineage, settings.lowest, processes=processes)
+    return settings.model_copy(update={"lowest": None, "similarity": similarity})
 
 
 def _to_restore(inputs: TensorInputs, settings: FusionSettings) -> Projection | None:

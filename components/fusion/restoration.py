@@ -26,6 +26,7 @@ from components.errors import CheckpointError
 from components.fusion.finite import refuse_not_finite
 from components.fusion.low_rank import best_of_rank
 from components.fusion.sums import dot
+from components.workers import spread
 
 _TILE = 1 << 20
 """Elements of the rows that are worked on at once. Tiles begin at fixed rows, so no value depends on the slice asked for."""
@@ -148,21 +149,23 @@ def projection(lineage: Lineage, name: str) -> Projection | None:
     return Projection(product, min(1.0, max(-1.0, cosine)))
 
 
-def cosines(lineage: Lineage) -> dict[str, float]:
+def cosines(lineage: Lineage, *, processes: int = 1) -> dict[str, float]:
     """Matrix -> cosine between C Δ and Δ, for every matrix that has one. Costs as much as the restoration itself."""
-    found = {}
-    for name in lineage.aligned.names():
-        if is_matrix(lineage.aligned, name):
-            projected = projection(lineage, name)
-            if projected is not None:
-                found[name] = projected.cosine
-    return found
+
+    def cosine(name: str) -> float | None:
+        projected = projection(lineage, name)
+        return None if projected is None else projected.cosine
+
+    matrices = [name for name in lineage.aligned.names() if is_matrix(lineage.aligned, name)]
+    found = {name: value for name, value in spread(cosine, matrices, processes=processes) if value is not None}
+    return dict(sorted(found.items()))
 
 
-def lowest_cosine(lineage: Lineage, count: int) -> float:
-    """The cosine up to which `count` matrices lie (more, where several have that very one); −1 where none has any."""
-    found = sorted(cosines(lineage).values())
-    return found[min(count, len(found)) - 1] if found else -1.0
+def lowest_cosine(lineage: Lineage, count: int, *, processes: int = 1) -> float:
+    """A cosine up to which `count` matrices lie (more, where several have the very same; all, where there are no more). It is
+    half way to the next, because a cosine may come out otherwise by its last bits where it is taken again."""
+    found = sorted(cosines(lineage, processes=processes).values())
+    return (found[count - 1] + found[count]) / 2 if count < len(found) else 1.0
 
 
 def low_rank_direction(lineage: Lineage, name: str, rank: int) -> RowProduct | None:

@@ -29,11 +29,14 @@ from tests.components.checkpoints.whole import (
     in_memory,
 )
 
+BITS = {torch.float32: 1 << 20, torch.bfloat16: 1 << 7, torch.float16: 1 << 10}
+
 
 @st.composite
 def families(draw: st.DrawFn) -> tuple[dict[str, State], dict[str, Checkpoint]]:
     """An aligned model and one to three finetunes: sizes of vocabulary, ties, dtypes and tensors of their own at random. Values
-    are multiples of 1/64, so that sums are exact and a mean of three is nowhere near the middle of two bf16 numbers."""
+    have as many bits as their dtype and no finer steps, so that sums are exact and no mean of three is near the middle of two
+    numbers of a narrow type."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     biased = draw(st.booleans())
     states: dict[str, State] = {}
@@ -43,7 +46,10 @@ def families(draw: st.DrawFn) -> tuple[dict[str, State], dict[str, Checkpoint]]:
         shapes = {EMBEDDING: (rows, 3), HEAD: (rows, 3), "model.w": (4, 5), "model.norm": (3,)}
         shapes |= {BIAS: (rows,)} if biased else {}
         shapes |= {name: (2, 3) for name in ("model.x", "model.y") if draw(st.booleans())}
-        state = {n: (torch.randint(-127, 128, s, generator=generator) / 64).to(dtype) for n, s in shapes.items()}
+        most = BITS[dtype]
+        state = {
+            n: (2 * torch.randint(-most, most + 1, s, generator=generator) / most).to(dtype) for n, s in shapes.items()
+        }
         stored, aliases = dict(state), {}
         if draw(st.booleans()):
             state[HEAD] = state[EMBEDDING]

@@ -128,6 +128,34 @@ def test_soft_against_fp64(finetune: str, rescale: str, family: dict[str, Checkp
         assert torch.allclose(read_whole(written, name).double(), want, rtol=1e-5, atol=1e-7), name
 
 
+@pytest.mark.parametrize(
+    "given_settings",
+    [
+        {"method": "safe_lora", "lowest": 5},
+        {"method": "safe_merge", "similarity": 0.9},
+        {"method": "lox", "gamma": 0.5, "rank": 3},
+    ],
+    ids=["safe_lora", "safe_merge", "lox"],
+)
+def test_two_processes_restore_the_same_bytes(
+    given_settings: dict[str, Any], family: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    written = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        report = fuse_checkpoint(
+            aligned=family["aligned"],
+            finetune=family["half"],
+            unaligned=family["unaligned"],
+            settings=FusionSettings(**given_settings),
+            out_dir=out,
+            processes=processes,
+        )
+        assert 0 < report.from_finetune < report.differing  # some was restored, some kept
+        written.append(contents(out))
+    assert written[0] == written[1]
+
+
 @settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     block=st.integers(50, 3_000),

@@ -196,6 +196,13 @@ tokenizer: {{source: union}}
     assert found.vocabulary == "pad"
 
 
+def test_names_are_the_last_parts_of_references_made_unique(tmp_path: Path) -> None:
+    models = "[{model: here/x}, {model: there/x@main}, {model: runs/safe/}, {model: 'a b/ü !'}, {model: ./...}]"
+    found = recipe(tmp_path, f"merge_method: ties\nbase_model: b\nparameters: {{weight: 1}}\nmodels: {models}\n")
+    assert list(found.finetunes) == ["x", "x-2", "safe-2", "ü", "model"]
+    assert list(carried(found)["weights"]) == list(found.finetunes)
+
+
 def test_dare_ties_sums_as_mergekit_does(tmp_path: Path) -> None:
     text = "merge_method: dare_ties\nbase_model: b\nmodels: [{model: one}, {model: two}]\n"
     found = recipe(tmp_path, text + "parameters: {weight: 1e-1, lambda: [0.5, 1]}\ntokenizer_source: base\n")

@@ -171,8 +171,9 @@ def test_the_lowest_are_restored(method: str, count: int) -> None:
     expected = sorted(found, key=found.__getitem__)[:count]
     changed = [n for n in aligned.names() if not torch.equal(source.read(n), finetune.read(n))]
     assert sorted(changed) == sorted(expected)
-    # What was found out once can be handed on.
+    # What was found out once can be handed on; several processes find the same.
     settled = source.settled()
+    assert fused(method, models, lowest=count).settled(processes=2) == settled
     assert settled.lowest is None
     again = FusedSource(aligned=aligned, finetune=finetune, unaligned=unaligned, settings=settled)
     assert all(same_bits(again.read(n), source.read(n)) for n in aligned.names())
