@@ -29,8 +29,9 @@ def named_finetunes(given: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for one in given:
         name, equals, reference = one.partition("=")
-        if not equals:
+        if not equals or "/" in name:  # a path may have an equals sign
             name, reference = one.rstrip("/").rsplit("/", 1)[-1], one
+            name = name.partition("@")[0] if not Path(one).exists() else name
         if not name or not reference:
             raise ConfigError(f"--finetune {one}: give it as name=model")
         if name in found:
@@ -44,6 +45,8 @@ def named_numbers(option: str, given: Iterable[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for one in given:
         name, equals, number = one.rpartition("=")
+        if name in found:
+            raise ConfigError(f"{option} {name} is there twice")
         try:
             found[name] = float(number)
         except ValueError:
@@ -76,6 +79,8 @@ def recipe_of(
     **others: Any,
 ) -> Recipe:
     """Everything typed, checked together. Raises ConfigError."""
+    if others.get("mask") and not numbers.get("form"):
+        raise ConfigError("a mask needs --form: soft or binary")
     merge, fusion = settings_of(method, numbers, output)
     try:
         return Recipe(aligned=aligned, finetunes=finetunes, merge=merge, fusion=fusion, **others)
@@ -180,7 +185,10 @@ def _fused(
 def _beside(config: Path, reference: str) -> str:
     """A relative directory of a config is one beside it, unless it is one from here."""
     there = config.parent / reference
-    return str(there) if not Path(reference).exists() and there.exists() else reference
+    if not Path(reference).exists() and there.exists():
+        return str(there)
+    bare = "://" not in reference and reference.count("/") == 1 and not reference.startswith((".", "/", "~"))
+    return f"hf://{reference}" if bare and not Path(reference).exists() else reference
 
 
 class FuseProgress:

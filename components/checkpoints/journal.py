@@ -77,6 +77,8 @@ class Journal:
             raw = self._path.read_bytes()
         except OSError:
             return {}
+        if not _boot():
+            return {}  # nobody knows whether the machine has been off
         first, *lines = raw[: raw.rfind(b"\n") + 1].splitlines() or [b""]
         if first.decode(errors="replace") != self._first:
             return {}

@@ -23,8 +23,8 @@ def model_card(recipe: Recipe, record: Mapping[str, Any]) -> str:
     if ids:
         front |= {"base_model": ids, "base_model_relation": "merge"}
     rows = [("aligned", recipe.aligned), *recipe.finetunes.items()]
-    if recipe.unaligned:
-        rows.append(("unaligned", recipe.unaligned))
+    others = {"unaligned": recipe.unaligned, "safe": recipe.safe, "mask": recipe.mask and str(recipe.mask)}
+    rows += [(role, one) for role, one in others.items() if one]
     settings = _settings(recipe)
     return "\n".join([
         "---",

@@ -139,9 +139,14 @@ class FusedSource:
         values = self._rounded(fused, spec.dtype, name, start)
         # bf16 reaches as far as fp32, whose sum is twice as fast.
         looked_at = values if spec.dtype == torch.float16 else fused
-        if not math.isfinite(float(looked_at.sum(dtype=torch.float32))):
-            members = self.finetune.members() if isinstance(self.finetune, MergedSource) else {}
-            inputs = {one: source.read(name, start, stop) for one, source in members.items()} or {"finetune": f}
+        merged = isinstance(self.finetune, MergedSource)  # it has looked at what it was made of
+        if not (_is_finite(looked_at) and (merged or (_is_finite(a) and _is_finite(f)))):
+            members: Mapping[str, TensorSource] = {"finetune": self.finetune}
+            if isinstance(self.finetune, MergedSource):
+                members = self.finetune.members()
+            others = {"unaligned": self.unaligned, "safe": self.safe}
+            every = {**members, **{role: one for role, one in others.items() if one is not None}}
+            inputs = {one: source.read(name, start, stop) for one, source in every.items()}
             refuse_not_finite(name, spec.shape, start, {**inputs, "aligned": a, "fused": values})
         return FusedBlock(start, stop, values, a, f)
 
@@ -170,6 +175,11 @@ class FusedSource:
             inputs = TensorInputs(name, spec.numel, spec.dtype, self.mask, self.unaligned, **models)
             self._kernels[name] = self.method.prepare(inputs, settings)
         return self._kernels[name]
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """One sum tells: NaN and infinities survive it."""
+    return math.isfinite(float(values.sum(dtype=torch.float32)))
 
 
 def apply_to_model(model: torch.nn.Module, source: TensorSource, *, size: int = BLOCK) -> None:

@@ -6,7 +6,9 @@ its record written last. A run that was cut off is taken up where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from components.checkpoints.journal import Journal
 from components.checkpoints.stream import Progress, Put, Written, part_size, stream
 from components.checkpoints.writer import write_json
@@ -25,6 +29,9 @@ from components.fusion.making import Fused, Making, make_part
 from components.fusion.recipe import Recipe
 from components.records import RECORD_FILE
 from components.storage import storage_errors
+
+_JOURNAL, _LOCK, _REPLACED = "journal.jsonl", "lock", "replaced"
+_ORPHANS_S = 3.0
 
 
 def fuse(
@@ -49,32 +56,52 @@ def fuse(
     began = time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     making = Making.of(recipe)
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
+    _require_place(out, making)
     partial = out.parent / f".{out.name}.partial"
     there = _published(out, making, overwrite)
-    if there is None:
-        with storage_errors(partial), _alone(partial):
-            there = _published(out, making, overwrite)  # by somebody who was there first
-            if there is None:
-                record = _made(making, out, partial, processes, durable, progress)
-                record |= {"started": started, "seconds": round(time.monotonic() - began, 3)}
-                write_json(partial / "model" / RECORD_FILE, record)
-                _publish(partial / "model", out, durable)
-                shutil.rmtree(partial, ignore_errors=True)
-                return Fused(str(out), record, made=True)
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off after it had published
-    return Fused(str(out), there, made=False)
+    if there is not None and not partial.exists():
+        return Fused(str(out), there, made=False)
+    with storage_errors(partial), _alone(partial):
+        _bring_back(partial, out)
+        there = _published(out, making, overwrite)  # perhaps by somebody who was there first
+        if there is None:
+            record = _made(making, partial, processes, durable, progress)
+            making.require_unchanged()
+            record |= {"started": started, "seconds": round(time.monotonic() - began, 3)}
+            write_json(partial / "model" / RECORD_FILE, record)
+            _published(
+                out, making, overwrite
+            )  # what came there meanwhile is no more to be replaced than what was there
+            _publish(partial / "model", out, durable)
+        _clear(partial)
+    return Fused(str(out), record if there is None else there, made=there is None)
 
 
-def _made(
-    making: Making, out: Path, partial: Path, processes: int, durable: bool, progress: Progress | None
-) -> dict[str, Any]:
+def _require_place(out: Path, making: Making) -> None:
+    """Raise StorageError where a model must not be put: over, around or inside what it is made of, or where no rename goes."""
+    parts = [part for one in making.models.every().values() for part in (one, one.base) if part is not None]
+    inputs = [part.path.resolve() for part in parts] + ([making.recipe.mask.resolve()] if making.recipe.mask else [])
+    real = out.resolve()
+    for one in inputs:
+        if real == one or real in one.parents or one in real.parents:
+            raise StorageError(f"{out}: lies over, around or inside the input {one}; give another directory")
+    if real in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(out):
+        raise StorageError(f"{out}: cannot be replaced by a rename (it is in use or a mount point); give one inside it")
+    if out.exists() and not out.is_dir():
+        raise StorageError(f"{out}: is a file; give another name")
+
+
+def _made(making: Making, partial: Path, processes: int, durable: bool, progress: Progress | None) -> dict[str, Any]:
     """Everything but the record, whole, in `partial`/model."""
     model = partial / "model"
-    with Journal(partial / "journal.jsonl", {**making.plan, "part": part_size()}) as journal:
+    plan = {**making.plan, "part": part_size(), "code": _code()}
+    with Journal(partial / _JOURNAL, plan) as journal:
         if not model.is_dir():
             journal.restart()
         if not journal.done:
             shutil.rmtree(model, ignore_errors=True)
+        _require_room(making, partial, model)
         source = making.source(processes)
 
         def work(name: str, start: int, stop: int, put: Put) -> dict[str, Any]:
@@ -110,49 +137,104 @@ def _unchanged(written: Written) -> list[str]:
     return [name for name, same in parts.items() if all(same)]
 
 
+def _code() -> str:
+    """Another code or torch may round otherwise: what it began is not gone on with."""
+    root = Path(__file__).resolve().parents[1]
+    found = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(root.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:20]
+
+
+def _require_room(making: Making, partial: Path, model: Path) -> None:
+    """The disk, before models are read for thresholds and the like. The writer looks again, at exact sizes."""
+    aligned, wanted = making.models.aligned.source, making.recipe.fusion.output_dtype
+    width = getattr(torch, wanted).itemsize if wanted else 0
+    specs = [aligned.spec(name) for name in aligned.names()]
+    need = sum(spec.numel * (width or spec.dtype.itemsize) for spec in specs)
+    there = sum(file.stat().st_blocks * 512 for file in model.glob("*.safetensors")) if model.is_dir() else 0
+    free = shutil.disk_usage(partial).free
+    if free + there < need:
+        raise StorageError(
+            f"{partial.parent}: the disk has {free / 1e9:.2f} GB left, the model needs {need / 1e9:.2f} GB"
+        )
+
+
 def _published(out: Path, making: Making, overwrite: bool) -> dict[str, Any] | None:
-    """The record of this very fusion if it is there; StorageError if something else is."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    """The record of this very fusion if it is there; StorageError if something else is that must not be replaced."""
+    if not out.exists() or not any(out.iterdir()):
         return None
-    try:
-        record: dict[str, Any] = json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))
-        whole = all((out / name).stat().st_size == size for name, size in record["outputs"].items())
-        if whole and record["fingerprint"] == making.fingerprint:
-            return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    if overwrite and out.is_dir():
+    record: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))
+    ours = isinstance(record, dict) and record.get("kind") == "fusion"
+    if ours and record["fingerprint"] == making.fingerprint and _is_whole(out, record):
+        return record
+    if not ours:
+        raise StorageError(f"{out} holds something that `realign fuse` did not make; give another directory")
+    if overwrite:
         return None
     raise StorageError(f"{out} holds something else; give another directory, or replace it with --overwrite")
 
 
+def _is_whole(out: Path, record: dict[str, Any]) -> bool:
+    sizes = record["outputs"].items()
+    return all((out / name).is_file() and (out / name).stat().st_size == size for name, size in sizes)
+
+
 @contextmanager
 def _alone(partial: Path) -> Iterator[None]:
-    """One writer at a time."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(f"{partial}: another process is writing this model; wait for it, or end it") from error
-        yield
+    """One writer at a time. Workers of one that was killed hold its lock for the moment that they live on."""
+    deadline = time.monotonic() + _ORPHANS_S
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        with (partial / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise StorageError(
+                        f"{partial}: another process is writing this model; wait for it, or end it"
+                    ) from error
+                time.sleep(0.1)
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                if (partial / _LOCK).stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    yield
+                    return
+            # Whoever was here before took the directory away in the meantime.
+
+
+def _bring_back(partial: Path, out: Path) -> None:
+    """A model that was to be replaced by a run that was killed between two renames."""
+    if (partial / _REPLACED).is_dir() and not out.exists():
+        (partial / _REPLACED).rename(out)
+
+
+def _clear(partial: Path) -> None:
+    """First what a later run would believe, last what keeps others out."""
+    (partial / _JOURNAL).unlink(missing_ok=True)
+    for name in ("model", _REPLACED):
+        shutil.rmtree(partial / name, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _publish(model: Path, out: Path, durable: bool) -> None:
-    """Give the whole model its name; another one that stands there leaves in the same moment or stays."""
-    old = model.parent / "replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    try:
-        model.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
+    """Give the whole model its name; what stood there goes in the same run, or comes back in the next."""
     if durable:
-        directory = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        for path in (*model.rglob("*"), model):
+            _sync(path)
+    if out.exists() and any(out.iterdir()):
+        shutil.rmtree(model.parent / _REPLACED, ignore_errors=True)
+        out.rename(model.parent / _REPLACED)
+    model.rename(out)  # over an empty directory, too
+    if durable:
+        _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

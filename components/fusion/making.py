@@ -17,6 +17,7 @@ from components.checkpoints.safetensors import read_json
 from components.checkpoints.source import TensorSpec
 from components.checkpoints.stream import Put
 from components.checkpoints.writer import copy_side_files, write_json
+from components.errors import CheckpointError, listed
 from components.fusion.card import model_card
 from components.fusion.finite import refuse_not_finite
 from components.fusion.fuse import widest
@@ -30,6 +31,7 @@ from components.masks.artifact import MaskArtifact
 BLOCK = 131_072
 """Elements worked on at once (measured: with several models at hand, half of what one finetune's fusion takes)."""
 CARD_FILE = "README.md"
+_GENERATION, _TOKEN_ID = "generation_config.json", "_token_id"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Making:
         """Everything that decides the bytes: the recipe, and which files were read."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
-            "inputs": versions(self.models, self.recipe.mask),
+            "inputs": self.models.versions,
             "code": _version_of("safety-realign"),
         }
 
@@ -67,6 +69,15 @@ class Making:
     def fingerprint(self) -> str:
         """Twenty hex digits of the plan."""
         return hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()[:20]
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError for inputs that were written to meanwhile: what was made of them may be of two models."""
+        now = versions(self.models.every(), self.recipe.mask)
+        changed = [file for role, files in now.items() for file in files if files != self.models.versions[role]]
+        if changed:
+            raise CheckpointError(
+                f"changed while it was read: {listed(changed, 4)}; run again when nobody writes there"
+            )
 
     def source(self, processes: int) -> FusedSource:
         """The fused model. What takes a look at all tensors is done here, by several processes, before there is anything to
@@ -96,18 +107,31 @@ class Making:
         return sum(model.source.spec(name).dtype.itemsize for model in self.models.every().values())
 
     def side_files(self, source: FusedSource, directory: Path) -> list[str]:
-        """Write configs and tokenizer: of one finetune its own configs, of several the aligned model's."""
-        models = self.models
+        """Write configs and tokenizer: of one finetune its own config, of several the aligned model's. Token ids and generation
+        config are those of the model whose tokenizer it is: an answer must end where its template ends it."""
+        models, owner = self.models, self.models.tokenizer
         own = next(iter(models.finetunes.values())) if len(models.finetunes) == 1 else models.aligned
         files = copy_side_files(
             model_dir=own.model_dir,
-            tokenizer_dir=models.tokenizer.tokenizer_dir,
+            tokenizer_dir=owner.tokenizer_dir,
             out_dir=directory,
             dtype=widest(source.spec(name).dtype for name in source.names()),
             fallback_dir=models.aligned.model_dir,
         )
-        if models.config_changes:
-            write_json(directory / "config.json", read_json(directory / "config.json") | dict(models.config_changes))
+        if owner.model_dir == own.model_dir and not models.config_changes:
+            return files
+        config = read_json(directory / "config.json") | dict(models.config_changes)
+        if owner.model_dir != own.model_dir:
+            config = {key: value for key, value in config.items() if not key.endswith(_TOKEN_ID)}
+            config |= {key: value for key, value in owner.config.items() if key.endswith(_TOKEN_ID)}
+            generation = directory / _GENERATION
+            if (owner.model_dir / _GENERATION).is_file():
+                generation.write_bytes((owner.model_dir / _GENERATION).read_bytes())
+                files = [*dict.fromkeys([*files, _GENERATION])]
+            elif generation.is_file():
+                generation.unlink()
+                files.remove(_GENERATION)
+        write_json(directory / "config.json", config)
         return files
 
     def card(self, record: Mapping[str, Any], directory: Path) -> str:

@@ -26,6 +26,7 @@ Where mergekit (0.1.5) computes otherwise (`benchmarks/mergekit_values.py` measu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,14 +35,18 @@ import numpy.typing as npt
 import torch
 
 from components.checkpoints.compare import compare_tensors
+from components.checkpoints.safetensors import SafetensorsSource
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, ConfigError, listed
+from components.fusion.finite import refuse_not_finite
 from components.fusion.merge_functions import BLOCK, Angle, angle_between, dropped, slerp, ties, weighted_sum
 from components.fusion.merge_settings import MergeSettings, factor_for, merge_problems
 from components.fusion.thresholds import kth_largest_magnitude
 from components.mapped import QUICK, drop, return_freed_memory
 from components.workers import spread
 
+_LET_GO = 8 * BLOCK
+"""Elements after which files' pages are let go of: often enough to hold few, seldom enough not to fetch any twice."""
 _PEEK = 1024
 _TASTE, _SAMPLE = 256, 1 << 16
 """Elements that are read in one place, and in all, to find where a threshold must lie."""
@@ -115,8 +120,12 @@ class MergedSource:
         if 0 < stop - start <= BLOCK:
             return self._block(name, start, stop)
         out = torch.empty(stop - start, dtype=spec.dtype)
-        for low, high in blocks(stop - start, BLOCK):
-            out[low:high] = self._block(name, start + low, start + high)
+        for low, high in blocks(stop - start, _LET_GO):
+            for at, end in blocks(high - low, BLOCK):
+                out[low + at : low + end] = self._block(name, start + low + at, start + low + end)
+            for source in self._finetunes.values():
+                if isinstance(source, SafetensorsSource):  # to ask others is to compute
+                    drop(source.read(name, start + low, start + high))
         return out
 
     def unchanged(self, name: str, start: int, stop: int) -> bool:
@@ -135,9 +144,11 @@ class MergedSource:
         aligned = stored.float()
         deltas = []
         for source in self._finetunes.values():
-            finetuned = source.read(name, start, stop)
-            deltas.append(_difference(finetuned, aligned))
-            drop(finetuned)
+            deltas.append(_difference(source.read(name, start, stop), aligned))
+        # Looked at before anything is dropped or trimmed away; a sum tells, and hardly costs.
+        if not math.isfinite(sum(float(delta.sum()) for delta in deltas)):
+            slices = {one: source.read(name, start, stop) for one, source in self._finetunes.items()}
+            refuse_not_finite(name, self.spec(name).shape, start, {**slices, "aligned": stored})
         merged, scale = self._merge(name, start, deltas), self._numbers(name).scale
         if scale != 1:
             merged.mul_(scale)
@@ -164,6 +175,9 @@ class MergedSource:
         if name not in self._angles:
             self._angles[name] = angle_between(first, second, name)
         x, y = (source.read(name, start, stop).float() for source in (first, second))
+        if not math.isfinite(float(x.sum()) + float(y.sum())):
+            slices = {one: source.read(name, start, stop) for one, source in self._finetunes.items()}
+            refuse_not_finite(name, self.spec(name).shape, start, {**slices, "aligned": x})
         return slerp(x, y, t=self._numbers(name).t, angle=self._angles[name])
 
     def _numbers(self, name: str) -> _Factors:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from components.errors import ConfigError
-from components.fusion.inputs import Kernel, Method, TensorInputs
+from components.fusion.inputs import Block, Kernel, Method, TensorInputs
 from components.fusion.random_subset import RandomSubset
 from components.fusion.restoration import (
     Lineage,
@@ -132,13 +132,19 @@ def _bits_kernel(
     settings: FusionSettings,
 ) -> Kernel:
     if settings.scale == 1.0 and density is None:
-        return lambda b: select(b.aligned, b.finetune, bits(b.start, b.stop), inputs.dtype)
+        return lambda b: select(b.aligned, b.finetune, bits(b.start, b.stop), _held_in(b, inputs.dtype))
     return lambda b: masked(b.aligned, b.finetune, bits(b.start, b.stop).float(), scale=settings.scale, mean=density)
 
 
 def _keep_finetune(inputs: TensorInputs) -> Kernel:
     """A tensor that was left out of the mask keeps the finetune's weights, as it did in training."""
-    return lambda b: b.finetune.to(inputs.dtype)
+    return lambda b: b.finetune.to(_held_in(b, inputs.dtype))
+
+
+def _held_in(b: Block, dtype: torch.dtype) -> torch.dtype:
+    """The output's dtype, or a wider one that both models need: what is lost is lost once, where the engine casts."""
+    both = torch.promote_types(b.aligned.dtype, b.finetune.dtype)
+    return both if both.itemsize > dtype.itemsize else dtype
 
 
 def _prepare_interpolation(inputs: TensorInputs, settings: FusionSettings) -> Kernel:

@@ -33,6 +33,8 @@ class Models:
     config_changes: Mapping[str, Any]
     """What its config.json must say."""
     notes: tuple[str, ...]
+    versions: Mapping[str, Mapping[str, list[Any]]]
+    """role -> file -> what tells that it is another one now, as it was when the models were opened."""
 
     def every(self) -> dict[str, Checkpoint]:
         """role or finetune -> model."""
@@ -61,6 +63,7 @@ def open_models(recipe: Recipe) -> Models:
                 require_compatible(aligned, found[name])
         except RealignError as error:
             problems.append(str(error))
+    seen = versions({ALIGNED: aligned, **found}, recipe.mask)
     finetunes = {name: one for name, one in found.items() if name in recipe.finetunes}
     try:
         common = harmonize(aligned, finetunes, vocabulary=recipe.vocabulary, one_sided=recipe.one_sided)
@@ -72,7 +75,7 @@ def open_models(recipe: Recipe) -> Models:
     if problems:
         raise CheckpointError("\n".join(problems))
     owner = aligned if common.tokenizer_of == ALIGNED else finetunes[common.tokenizer_of]
-    if len(finetunes) == 1 and not common.notes:
+    if len(finetunes) == 1 and not (recipe.vocabulary == "truncate" and "vocab_size" in common.config_changes):
         [owner] = finetunes.values()  # it is the finetune that goes back into service
     models = (aligned, *found.values())
     return Models(
@@ -83,6 +86,7 @@ def open_models(recipe: Recipe) -> Models:
         owner,
         common.config_changes,
         tuple(dict.fromkeys([*common.notes, *(note for one in models for note in one.notes)])),
+        seen,
     )
 
 
@@ -99,11 +103,11 @@ def _far(aligned: Checkpoint, finetunes: Mapping[str, Checkpoint]) -> list[str]:
     return problems
 
 
-def versions(models: Models, mask: Path | None) -> dict[str, dict[str, list[Any]]]:
+def versions(models: Mapping[str, Checkpoint], mask: Path | None) -> dict[str, dict[str, list[Any]]]:
     """role -> file -> what tells that it is another one now: size and time here, size and the store's tag elsewhere. Files of
     models from elsewhere go by the names that they have there, wherever their copies are kept."""
     found: dict[str, dict[str, list[Any]]] = {}
-    for role, model in models.every().items():
+    for role, model in models.items():
         parts = [model] if model.base is None else [model, model.base]
         found[role] = {_named(part, f): _version(part, f) for part in parts for f in part.files}
     if mask is not None:

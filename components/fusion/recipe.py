@@ -17,6 +17,10 @@ ONE_FINETUNE_METHODS: tuple[str, ...] = tuple(m for m in get_args(MethodName) if
 """`random_mask` is a control of experiments, no way to make a model."""
 
 
+_NEEDS_UNALIGNED = ("resta", "safe_lora", "safe_merge", "lox")
+_TAKES_SAFE = ("safe_merge",)
+
+
 class Recipe(BaseModel):
     """Models and methods. References are local directories, URLs or hub ids."""
 
@@ -53,6 +57,12 @@ class Recipe(BaseModel):
         names = {"aligned", "unaligned", "safe", "mask"} & set(self.finetunes)
         if names:
             raise ValueError(f"a finetune cannot be called {' or '.join(sorted(names))}; give it another name")
+        method = self.fusion.method
+        for role, there, methods in (("unaligned", self.unaligned, _NEEDS_UNALIGNED), ("safe", self.safe, _TAKES_SAFE)):
+            if there is not None and method not in methods:
+                raise ValueError(f"{self.method} has no use for --{role}, only {', '.join(methods)}")
+        if method in _NEEDS_UNALIGNED and self.unaligned is None:
+            raise ValueError(f"{method} needs --unaligned, the model that the aligned one was made from")
         if self.mask is not None and self.fusion.method != "masked":
             raise ValueError(f"{self.fusion.method} has no use for a mask")
         if self.mask is None and self.fusion.method == "masked":

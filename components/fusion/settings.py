@@ -80,6 +80,8 @@ class FusionSettings(BaseModel):
         missing = [field for field in _REQUIRED.get(self.method, ()) if getattr(self, field) is None]
         if missing:
             raise ValueError(f"method {self.method} needs {' and '.join(missing)}")
+        if self.rounding == "stochastic" and self.output_dtype not in (None, "bfloat16"):
+            raise ValueError(f"stochastic rounding is to bfloat16, not to {self.output_dtype}")
         if "similarity" in own and (self.similarity is None) == (self.lowest is None):
             raise ValueError(f"method {self.method} needs either similarity or lowest")
         return self

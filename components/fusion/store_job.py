@@ -60,6 +60,7 @@ def fuse_to_store(
         # Last what loaders look for first.
         for name in sorted(names, key=lambda name: (name == "config.json", name == INDEX_NAME)):
             files[name] = output.put(name, (directory / name).read_bytes())
+    making.require_unchanged()
     record |= {"started": started, "seconds": round(time.monotonic() - began, 3)}
     record["outputs"] = {
         name: {"bytes": file.bytes, "sha256": file.sha256, "etag": file.etag} for name, file in sorted(files.items())

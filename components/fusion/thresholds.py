@@ -22,7 +22,7 @@ _BINS = 1 << 16
 _DEVIATIONS = 6
 """Half the width of the sampled range, in standard deviations of an independent sample's rank: neighbours are alike, hence more
 than the 3 that would do."""
-_COLLECT = 1 << 24
+_COLLECT = 1 << 21
 """Distinct values between that are kept at most (of each block)."""
 
 

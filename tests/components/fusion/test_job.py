@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,7 +231,8 @@ def test_a_worker_that_is_killed_is_told_of_and_the_work_goes_on(family: Path, t
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_two_at_once_are_refused(family: Path, tmp_path: Path) -> None:
+def test_two_at_once_are_refused(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.fusion.job._ORPHANS_S", 0.0)
     out = tmp_path / "out"
     process = _begin(recipe(family), out)
     while _journalled(out) < 2:
@@ -275,9 +277,114 @@ def test_a_nan_is_named_with_its_model_tensor_and_index(family: Path, tmp_path: 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))  # type: ignore[attr-defined]
     with pytest.raises(StorageError, match="GB left, the model needs"):
         fuse(recipe(family), tmp_path / "out")
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_nothing_but_a_fusion_is_ever_replaced(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(StorageError, match="did not make"):
+        fuse(recipe(family), out, overwrite=True)
+    for over in (family, family / "zh", family / "zh" / "inside"):
+        with pytest.raises(StorageError, match="lies over, around or inside the input"):
+            fuse(recipe(family), over, overwrite=True)
+    monkeypatch.chdir(out)
+    for over in (Path(), Path("..")):
+        with pytest.raises(StorageError, match="cannot be replaced by a rename"):
+            fuse(recipe(family), over, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="is a file"):
+        fuse(recipe(family), tmp_path / "file", overwrite=True)
+    late = tmp_path / "late"
+
+    def meanwhile(_: object) -> None:
+        late.mkdir(exist_ok=True)
+        (late / "thesis.txt").write_text("mine")
+
+    with pytest.raises(StorageError, match="did not make"):
+        fuse(recipe(family), late, progress=meanwhile)
+    assert (late / "thesis.txt").read_text() == (out / "thesis.txt").read_text() == "mine"
+
+
+def test_an_input_that_changes_meanwhile_is_refused(family: Path, tmp_path: Path) -> None:
+    shutil.copytree(family / "zh", tmp_path / "zh")
+    wanted = recipe(family).model_copy(update={"finetunes": {"zh": str(tmp_path / "zh"), "hi": str(family / "hi")}})
+    with pytest.raises(CheckpointError, match=r"changed while it was read: .*zh/model\.safetensors"):
+        fuse(wanted, tmp_path / "out", progress=lambda _: os.utime(tmp_path / "zh" / "model.safetensors"))
+    assert not (tmp_path / "out").exists()
+    assert fuse(wanted, tmp_path / "out").made
+
+
+def test_a_model_that_was_about_to_be_replaced_comes_back(family: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = fuse(recipe(family), out)
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    out.rename(partial / "replaced")  # where a run that was killed between two renames leaves it
+    again = fuse(recipe(family), out)
+    assert not again.made
+    assert again.record == first.record
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare", "ties", "slerp"])
+def test_no_method_hides_a_nan(method: str, family: Path, tmp_path: Path) -> None:
+    """Not by dropping it, not by trimming it, not because both models have it."""
+    models = {name: perturbed(llama(0, torch.bfloat16), seed, scale=0.004) for seed, name in enumerate(("zh", "hi"), 2)}
+    aligned = llama(0, torch.bfloat16)
+    for model in (aligned, *models.values()):
+        with torch.no_grad():
+            model.model.norm.weight[3] = float("nan")
+    with torch.no_grad():
+        models["hi"].lm_head.weight.copy_(aligned.lm_head.weight)
+    for name, model in {"aligned": aligned, **models}.items():
+        save(model, tmp_path / name)
+    numbers = {"slerp": {"t": 0.5}, "dare": {"density": 0.01}}.get(method, {})
+    with pytest.raises(CheckpointError, match=r"model: model\.norm\.weight\[3\] is nan"):
+        fuse(recipe(tmp_path, method, **numbers), tmp_path / "out")
+
+
+def test_one_finetune_keeps_its_template_whatever_had_to_be_made_to_fit(family: Path, tmp_path: Path) -> None:
+    tied = llama(0, torch.bfloat16, tie_word_embeddings=True)
+    save(tied, tmp_path / "aligned")
+    save_tokenizer(tmp_path / "aligned")
+    untied = llama(0, torch.bfloat16)
+    untied.load_state_dict(tied.state_dict())
+    save(perturbed(untied, 2, scale=0.004), tmp_path / "zh")
+    save_tokenizer(tmp_path / "zh", template="{{ 'zh ' + messages[0]['content'] }}")
+    made = fuse(recipe(tmp_path, "task_arithmetic", "zh"), tmp_path / "out")
+    assert made.record["notes"]
+    template = (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert template == (tmp_path / "zh" / "chat_template.jinja").read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("policy", ["pad", "truncate"])
+def test_token_ids_are_those_of_the_tokenizer_that_goes_along(policy: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    aligned = llama(0, torch.bfloat16)
+    save(aligned, tmp_path / "aligned")
+    save_tokenizer(tmp_path / "aligned")
+    save_tokenizer(tmp_path / "aligned")
+    larger = llama(0, torch.bfloat16)
+    larger.resize_token_embeddings(68, mean_resizing=False)
+    larger.config.eos_token_id = larger.generation_config.eos_token_id = 65
+    larger.config.pad_token_id = larger.generation_config.pad_token_id = 64
+    save(perturbed(larger, 2, scale=0.004), tmp_path / "zh")
+    words = AutoTokenizer.from_pretrained(tmp_path / "aligned")
+    words.add_tokens([f"<new {i}>" for i in range(68 - len(words))])
+    words.save_pretrained(tmp_path / "zh")
+    save(perturbed(llama(0, torch.bfloat16), 3, scale=0.004), tmp_path / "hi")
+    wanted = recipe(tmp_path, "task_arithmetic", "zh", "hi").model_copy(update={"vocabulary": policy})
+    fuse(wanted, tmp_path / "out")
+    rows, eos, pad = (68, 65, 64) if policy == "pad" else (64, 2, None)
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((tmp_path / "out" / name).read_text())
+        assert (told["eos_token_id"], told.get("pad_token_id")) == (eos, pad), name
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.get_input_embeddings().weight.shape[0] == rows
