@@ -6,6 +6,7 @@ addition are never one operation, which torch may or may not round once, by wher
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,19 +45,15 @@ def ties(
     for one, weight in zip(kept, weights, strict=True):
         if weight != 1:
             one.mul_(weight)
-    elected = kept[0].clone()
-    for one in kept[1:]:  # one after the other: a stack's sum may add in any order
-        elected.add_(one)
-    elected.sign_()
-    total, share = torch.zeros_like(elected), torch.zeros_like(elected)
-    for one, weight in zip(kept, weights, strict=True):
-        agreeing = one.mul_(elected).clamp_min_(0)  # |w τ| where the signs agree, else 0
-        total.add_(agreeing)
-        if mean:
-            voted = agreeing.sign_()
-            share.add_(voted if abs(weight) == 1 else voted.mul_(abs(weight)))
-    total.mul_(elected)
-    return total.div_(share.clamp_min_(1e-12)) if mean else total
+    # One after the other: a stack's sum may add in any order.
+    elected = functools.reduce(torch.Tensor.add_, kept[1:], kept[0].clone()).sign_()
+    agreeing = [one.mul_(elected).clamp_min_(0) for one in kept]  # |w τ| where the signs agree, else 0
+    share: torch.Tensor | None = None
+    for one, weight in zip(agreeing, weights, strict=True) if mean else ():
+        voted = one.sign() if abs(weight) == 1 else one.sign().mul_(abs(weight))
+        share = voted if share is None else share.add_(voted)
+    total = functools.reduce(torch.Tensor.add_, agreeing).mul_(elected)
+    return total if share is None else total.div_(share.clamp_min_(1e-12))
 
 
 def _trimmed(delta: torch.Tensor, threshold: float) -> torch.Tensor:

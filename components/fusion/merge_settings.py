@@ -34,6 +34,10 @@ _OWN_FIELDS: dict[str, frozenset[str]] = {
 _DENSITY: dict[str, float] = {"ties": 0.2, "dare": 0.8, "dare_ties": 0.8}
 
 
+_LEAST_KEPT = 2.0**-12
+"""DARE's noise has 16 bits."""
+
+
 def _as_pairs(value: Any) -> Any:
     return tuple(value.items()) if isinstance(value, Mapping) else value
 
@@ -104,6 +108,8 @@ class MergeSettings(BaseModel):
             if empty:
                 raise ValueError(f"{field} of {', '.join(empty)}: no pattern is given")
         self._check_densities()
+        if self.method in ("dare", "dare_ties") and self.kept < _LEAST_KEPT:
+            raise ValueError(f"density {self.kept} is less than drops can be told apart at ({_LEAST_KEPT:.1e})")
         return self
 
     def _check_densities(self) -> None:

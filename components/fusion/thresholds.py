@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,9 @@ _DEVIATIONS = 6
 """Half the width of the sampled range, in standard deviations of an independent sample's rank: neighbours are alike, hence more
 than the 3 that would do."""
 _COLLECT = 1 << 21
-"""Distinct values between that are kept at most (of each block)."""
+"""Distinct values between that are kept at most."""
+_WAITING = 1 << 18
+"""Values between that are sorted at once."""
 
 
 def kth_largest_magnitude(values: Blocks, k: int, *, numel: int = 0, sample: torch.Tensor | None = None) -> float:
@@ -42,26 +45,43 @@ def kth_largest_magnitude(values: Blocks, k: int, *, numel: int = 0, sample: tor
 
 def _between(values: Blocks, k: int, numel: int, sample: torch.Tensor) -> float | None:
     """The k-th of `numel` by way of a sample; None where that does not find it."""
-    low, high = _range(k / numel, sample)
-    above = kept = 0
-    found: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]] = []
+    low, high = (np.float32(bound) for bound in _range(k / numel, sample))
+    above, found, waiting = 0, _Counted(), 0
+    pieces: list[npt.NDArray[np.float32]] = []
     for block in values():
-        magnitudes = block.abs_()
-        above += int(torch.count_nonzero(magnitudes > high))
-        inside = magnitudes.numpy()[((magnitudes >= low) & (magnitudes <= high)).numpy()]
-        if inside.size:
-            distinct, counts = np.unique(inside, return_counts=True)
-            found.append((distinct, counts))
-            kept += distinct.size
-            if kept > _COLLECT:
+        magnitudes = block.abs_().numpy()  # numpy compares and counts ten times as fast as torch (measured)
+        above += int(np.count_nonzero(magnitudes > high))
+        inside = magnitudes[np.flatnonzero((magnitudes >= low) & (magnitudes <= high))]
+        pieces.append(inside)
+        waiting += inside.size
+        if waiting >= _WAITING:
+            found, pieces, waiting = found.plus(np.concatenate(pieces)), [], 0
+            if found.values.size > _COLLECT:
                 return None
-    if above >= k or not found:
+    found = found.plus(np.concatenate([np.empty(0, dtype=np.float32), *pieces]))
+    if above >= k or not found.values.size:
         return None
-    every = np.concatenate([distinct for distinct, _ in found])
-    order = np.argsort(every)[::-1]
-    down = above + np.cumsum(np.concatenate([counts for _, counts in found])[order])
+    down = above + np.cumsum(found.counts[::-1])
     place = int(np.searchsorted(down, k))
-    return float(every[order[place]]) if place < down.size else None
+    return float(found.values[::-1][place]) if place < down.size else None
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Distinct values in rising order, and how often each is there."""
+
+    values: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def plus(self, more: npt.NDArray[np.float32]) -> _Counted:
+        """With other values, too."""
+        values, counts = np.unique(more, return_counts=True)
+        if not self.values.size:
+            return _Counted(values, counts)
+        every, place = np.unique(np.concatenate([self.values, values]), return_inverse=True)
+        total = np.zeros(every.size, dtype=np.int64)
+        np.add.at(total, place, np.concatenate([self.counts, counts]))
+        return _Counted(every, total)
 
 
 def _range(share: float, sample: torch.Tensor) -> tuple[float, float]:

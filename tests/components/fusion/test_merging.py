@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from components.errors import CheckpointError, ConfigError
+from components.fusion import thresholds
 from components.fusion.merge_functions import BLOCK, dropped, ties, weighted_sum
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.merging import MergedSource, find_thresholds
@@ -202,7 +203,31 @@ def test_the_kth_largest_magnitude_is_exact(values: list[float], data: st.DataOb
     k = data.draw(st.integers(1, len(values)))
     tensor = torch.tensor(values)
     pieces = torch.split(tensor, 7)
-    assert kth_largest_magnitude(lambda: iter(pieces), k) == float(tensor.abs().sort(descending=True).values[k - 1])
+    expected = float(tensor.abs().sort(descending=True).values[k - 1])
+    assert kth_largest_magnitude(lambda: iter(pieces), k) == expected
+    # A sample may be good, poor or misleading.
+    taken = data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=50))
+    sampled = kth_largest_magnitude(lambda: iter(pieces), k, numel=len(values), sample=torch.tensor(taken))
+    assert sampled == expected
+
+
+@pytest.mark.parametrize("coarse", [False, True], ids=["distinct", "few values"])
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.999, 1.0])
+def test_a_sample_saves_the_other_passes(share: float, coarse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thresholds, "_WAITING", 5000)
+    tensor = torch.randn(400_000, generator=torch.Generator().manual_seed(1))
+    if coarse:
+        tensor = (tensor * 8).round() / 8
+    passes = []
+
+    def values() -> Iterator[torch.Tensor]:
+        passes.append(1)
+        yield from tensor.clone().split(10_000)
+
+    k = round(share * tensor.numel())
+    found = kth_largest_magnitude(values, k, numel=tensor.numel(), sample=tensor[::50].clone())
+    assert found == float(tensor.abs().sort(descending=True).values[k - 1])
+    assert len(passes) == 1
 
 
 def test_equal_task_vectors_survive_every_merge_that_averages() -> None:
