@@ -85,7 +85,11 @@ def recipe_of(
     try:
         return Recipe(aligned=aligned, finetunes=finetunes, merge=merge, fusion=fusion, **others)
     except ValidationError as error:
-        raise ConfigError(f"method {method}: {told(error)}") from error
+        raise ConfigError(_of_method(method, told(error))) from error
+
+
+def _of_method(method: str, text: str) -> str:
+    return text if text.startswith((f"method {method}", f"{method} ")) else f"method {method}: {text}"
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,16 @@ class Typed:
                 raise ConfigError("give --aligned and at least one --finetune, or a --mergekit config")
             return recipe_of(
                 aligned=self.aligned, finetunes=named_finetunes(self.finetunes),
-                method=self.method or "task_arithmetic", numbers=numbers, output=output, **self.others,
+                method=self.method or self._usual_method(), numbers=numbers, output=output, **self.others,
             )  # fmt: skip
         given = [key for key, value in numbers.items() if value not in (None, {}) and key not in _OF_A_MASK]
         if self.aligned or self.finetunes or self.method or given:
             raise ConfigError("a --mergekit config says which models, which method and which numbers: leave those out")
         return self._carried_over(self.mergekit, {key: numbers[key] for key in _OF_A_MASK}, output)
+
+    def _usual_method(self) -> str:
+        """Under a binary mask of scale 1 one finetune's weights are selected, bit for bit; a sum of differences would not."""
+        return "masked" if self.others.get("mask") and len(self.finetunes) == 1 else "task_arithmetic"
 
     def _carried_over(self, path: Path, form: Mapping[str, Any], output: Mapping[str, Any]) -> Recipe:
         from components.checkpoints.reference import open_checkpoint

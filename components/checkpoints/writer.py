@@ -191,7 +191,7 @@ class CheckpointWriter:
         there = sum(_taken(self.out_dir / file_name) for file_name in self._plan) if resume else 0
         if free + there < self.nbytes:
             raise StorageError(
-                f"{self.out_dir}: the disk has {free / 1e9:.2f} GB left, the model needs {(self.nbytes - there) / 1e9:.2f} GB"
+                f"{self.out_dir}: the disk has {free / 1e9:.3g} GB left, the model needs {(self.nbytes - there) / 1e9:.3g} GB"
             )
         for file_name, names in self._plan.items():
             raw, header = layout({n: self._specs[n] for n in names}, METADATA)

@@ -156,7 +156,7 @@ def _require_room(making: Making, partial: Path, model: Path) -> None:
     free = shutil.disk_usage(partial).free
     if free + there < need:
         raise StorageError(
-            f"{partial.parent}: the disk has {free / 1e9:.2f} GB left, the model needs {need / 1e9:.2f} GB"
+            f"{partial.parent}: the disk has {free / 1e9:.3g} GB left, the model needs {need / 1e9:.3g} GB"
         )
 
 

@@ -87,7 +87,8 @@ class MergedSource:
         problems = merge_problems(settings, list(finetunes), aligned.names())
         if problems:
             raise ConfigError(
-                f"the merge does not fit its models: {listed(problems, 12)}; there are {', '.join(finetunes)}"
+                f"the merge does not fit its models: {listed(problems, 12)}; there are {', '.join(finetunes)}, and tensors are "
+                f"named like {listed(aligned.names()[1:], 2)}"
             )
         self._aligned, self._finetunes, self._settings = aligned, finetunes, settings
         self._thresholds = thresholds or {}

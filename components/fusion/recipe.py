@@ -98,7 +98,8 @@ def settings_of(
         if method in ONE_FINETUNE_METHODS:
             return None, FusionSettings(method=method, **given, **output)
     except ValidationError as error:
-        raise ConfigError(f"method {method}: {told(error)}") from error
+        text = told(error)
+        raise ConfigError(text if text.startswith(f"method {method}") else f"method {method}: {text}") from error
     raise ConfigError(f"method {method!r} is unknown; there are {', '.join((*MERGE_METHODS, *ONE_FINETUNE_METHODS))}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ from typer.testing import CliRunner
 
 from components.errors import ConfigError
 from pipelines.cli import app
-from pipelines.fuse_command import FuseProgress, named_finetunes, named_numbers, outcome, recipe_of, size_in_bytes
+from pipelines.fuse_command import (
+    FuseProgress,
+    Typed,
+    named_finetunes,
+    named_numbers,
+    outcome,
+    recipe_of,
+    size_in_bytes,
+)
 
 
 def test_finetunes_have_the_names_they_are_given_or_their_last_part() -> None:
@@ -49,6 +58,7 @@ def test_numbers_and_sizes() -> None:
         ("interpolation", 1, {}, "method interpolation needs alpha"),
         ("resta", 2, {"gamma": 0.5}, "resta is for one finetune, there are 2; a merge takes several"),
         ("ties", 2, {"form": "soft"}, "masked needs a mask"),
+        ("resta", 1, {"gamma": 0.5}, "resta needs --unaligned"),
         ("ties", 2, {"density": 1.5}, "density: Input should be less than or equal to 1"),
         ("random_mask", 1, {"density": 0.5}, "method 'random_mask' is unknown"),
     ],
@@ -71,6 +81,20 @@ def test_a_merge_under_a_mask_is_the_mask_on_the_merged_task_vector() -> None:
     assert (recipe.merge.method, recipe.merge.density) == ("ties", 0.3)
     assert (recipe.fusion.method, recipe.fusion.form, recipe.fusion.rescale) == ("masked", "binary", "mean")
     assert recipe.method == "ties, masked"
+
+
+def test_one_finetunes_mask_selects_its_weights_unless_told_otherwise() -> None:
+    typed = Typed(
+        aligned="a", finetunes=["zh=z"], method=None, mergekit=None, numbers={"form": "binary"}, weights=[], layers=[],
+        max_shard="5GB", output={}, others={"mask": Path("mask")},
+    )  # fmt: skip
+    assert typed.recipe().merge is None
+    assert typed.recipe().fusion.method == "masked"
+    merged = replace(typed, finetunes=["zh=z", "hi=h"]).recipe()
+    assert merged.merge is not None
+    assert merged.method == "task_arithmetic, masked"
+    with pytest.raises(ConfigError, match="a mask needs --form"):
+        replace(typed, numbers={}).recipe()
 
 
 def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
