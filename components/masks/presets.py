@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,5 +48,13 @@ def resolve(preset: str = "realign", overrides: Mapping[str, Any] | None = None)
     try:
         return MaskSettings.model_validate({**PRESETS[preset].model_dump(), **(overrides or {})})
     except ValidationError as error:
-        found = [".".join(["mask", *map(str, e["loc"])]) + ": " + e["msg"] for e in error.errors()]
-        raise ConfigError(listed(found)) from None
+        raise ConfigError(listed([_told(str(e["loc"][0]) if e["loc"] else "", e) for e in error.errors()])) from None
+
+
+def _told(name: str, error: Any) -> str:
+    if error["type"] != "extra_forbidden":
+        return f"settings.{name}: {error['msg']}" if name else str(error["msg"])
+    names = list(MaskSettings.model_fields)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
+    return f"settings.{name}: unknown key ({hint})"

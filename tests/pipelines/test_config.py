@@ -114,7 +114,11 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
     [
         (("name: trial\n", ""), 1, "name: missing"),
         (("mask:\n", "mask:\n  preset: papr\n"), 9, "'realign' or 'paper'"),
-        (("mask:\n", "mask:\n  settings: {stepz: 3, steps: -1}\n"), 8, "mask.stepz"),
+        (
+            ("mask:\n", "mask:\n  settings: {stepz: 3, steps: -1}\n"),
+            8,
+            "settings.stepz: unknown key (did you mean 'steps'?)",
+        ),
         (("mask:\n", "landscape: {points: 21}\nmask:\n"), 8, "landscape: the safety landscape is not built"),
         (("mask:\n", "mode: merge\nmask:\n"), 1, "mode: merge needs `merges`"),
         (("sets: [zh]", "sets: [zz]"), 1, r"names task sets that are not there: ['zz'] (there: zh)"),

@@ -45,7 +45,7 @@ def test_overrides_replace_and_everything_wrong_is_listed() -> None:
     }
     with pytest.raises(ConfigError) as raised:
         resolve("realign", {"stepz": 7, "beta": -1, "rescale": "median"})
-    for part in ("mask.stepz", "mask.beta", "mask.rescale"):
+    for part in ("settings.stepz: unknown key (did you mean 'steps'?)", "settings.beta", "settings.rescale"):
         assert part in str(raised.value)
     with pytest.raises(ConfigError, match="the presets are paper, realign"):
         resolve("papr")
