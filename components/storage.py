@@ -166,16 +166,16 @@ class Workspace:
         final = self.result_dir(record.stage, record.fingerprint)
         with storage_errors(final):
             for name in record.outputs:
-                _sync(attempt.out / name)
+                sync(attempt.out / name)
             write_atomic(attempt.out / RECORD_FILE, record.to_json())
-            _sync(attempt.out)
+            sync(attempt.out)
             attempt.keep_going()
             try:
                 attempt.out.rename(final)
             except OSError as e:
                 if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-            _sync(final.parent)
+            sync(final.parent)
         published = self.record(record.stage, record.fingerprint)
         if published is None:
             raise StorageError(f"{final} exists but holds no record; remove it to make it again")
@@ -220,7 +220,8 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's names, would survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -25,6 +25,7 @@ from components.checkpoints.headers import DTYPE_CODES, Header, layout
 from components.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, read_json
 from components.checkpoints.source import TensorSpec
 from components.errors import CheckpointError, StorageError, listed
+from components.storage import sync
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 METADATA = {"format": "pt"}  # transformers refuses files without it
@@ -163,7 +164,7 @@ class CheckpointWriter:
                 os.fsync(shard.fd)
             if len(self._shards) > 1:
                 paths.insert(0, self._write_index())
-            _fsync_path(self.out_dir)
+            sync(self.out_dir)
         except OSError as error:
             raise StorageError(f"{self.out_dir}: cannot be written ({error.strerror or error})") from error
         finally:
@@ -290,7 +291,7 @@ def tokenizer_files(directory: Path) -> list[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Indented UTF-8 JSON with a final newline, made durable."""
     path.write_bytes(json_bytes(value))
-    _fsync_path(path)
+    sync(path)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -312,12 +313,4 @@ def copy_tokenizer(source: Path, out_dir: Path) -> list[str]:
 def _copy(path: Path, directory: Path) -> None:
     target = directory / path.name
     target.write_bytes(path.read_bytes())
-    _fsync_path(target)
-
-
-def _fsync_path(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync(target)

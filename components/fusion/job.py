@@ -28,7 +28,7 @@ from components.errors import StorageError
 from components.fusion.making import Fused, Making, make_part
 from components.fusion.recipe import Recipe
 from components.records import RECORD_FILE
-from components.storage import storage_errors
+from components.storage import storage_errors, sync
 
 _JOURNAL, _LOCK, _REPLACED = "journal.jsonl", "lock", "replaced"
 _ORPHANS_S = 3.0
@@ -223,18 +223,10 @@ def _publish(model: Path, out: Path, durable: bool) -> None:
     """Give the whole model its name; what stood there goes in the same run, or comes back in the next."""
     if durable:
         for path in (*model.rglob("*"), model):
-            _sync(path)
+            sync(path)
     if out.exists() and any(out.iterdir()):
         shutil.rmtree(model.parent / _REPLACED, ignore_errors=True)
         out.rename(model.parent / _REPLACED)
     model.rename(out)  # over an empty directory, too
     if durable:
-        _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(out.parent)

@@ -22,14 +22,13 @@ from components.fusion.card import model_card
 from components.fusion.finite import refuse_not_finite
 from components.fusion.fuse import widest
 from components.fusion.fused import FusedSource, one_thread
+from components.fusion.merge_functions import BLOCK
 from components.fusion.merge_settings import MERGE_PAPERS
 from components.fusion.merging import MergedSource, find_thresholds
 from components.fusion.models import Models, open_models, versions
 from components.fusion.recipe import Recipe
 from components.masks.artifact import MaskArtifact
 
-BLOCK = 131_072
-"""Elements worked on at once (measured: with several models at hand, half of what one finetune's fusion takes)."""
 CARD_FILE = "README.md"
 _GENERATION, _TOKEN_ID = "generation_config.json", "_token_id"
 
