@@ -6,7 +6,7 @@ Sums are accumulated in fp64, block by block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from components.checkpoints.compare import compare_tensors
 from components.checkpoints.source import TensorSource, blocks
 from components.errors import CheckpointError, listed
+from components.storage import Progress
 
 BLOCK = 262_144
-Progress = Callable[[dict[str, Any]], None]
 _HALF = (torch.bfloat16, torch.float16)
 
 

@@ -29,6 +29,8 @@ from components.leases import Claim, Lease, acquire, holder_alive
 from components.records import RECORD_FILE, Record
 
 PROGRESS_SECONDS = 0.5
+Progress = Callable[[dict[str, Any]], None]
+"""Is told now and then how far some work is."""
 
 _USERS_TO_MEND = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG}
 
@@ -227,7 +229,3 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-KeepGoing = Callable[[], None]
-Progress = Callable[[dict[str, Any]], None]

@@ -18,13 +18,13 @@ from components.checkpoints.journal import Journal, Part
 from components.checkpoints.source import TensorSpec, blocks
 from components.checkpoints.writer import CheckpointWriter
 from components.mapped import QUICK, return_freed_memory
+from components.storage import Progress
 from components.workers import spread
 
 PART = 1 << 23
 """Elements of a part: 16 MiB of bf16. Small enough to share out a tensor and to lose little, large enough to cost nothing."""
 _REPORT_EVERY_S = 0.5
 
-Progress = Callable[[dict[str, Any]], None]
 Put = Callable[[int, torch.Tensor], None]
 """(start, values): where in the tensor, and a 1-D slice in its dtype."""
 Work = Callable[[str, int, int, Put], dict[str, Any]]

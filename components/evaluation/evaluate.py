@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from components.errors import EvaluationError
 from components.evaluation.judges import Judge, Verdict, is_exact, make_judge
@@ -17,13 +17,12 @@ from components.evaluation.outcomes import Outcome, rates_of, write_answers
 from components.evaluation.prompts import PromptSet
 from components.evaluation.settings import EvaluationSettings, Split
 from components.reporting.schema import Rates
+from components.storage import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from components.evaluation.generate import Answer
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)

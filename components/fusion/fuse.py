@@ -15,12 +15,13 @@ from components.checkpoints.adapter_parsing import ADAPTER_WEIGHTS
 from components.checkpoints.compare import require_compatible
 from components.checkpoints.factors import FactorSource
 from components.checkpoints.reference import Checkpoint
-from components.checkpoints.stream import Progress, Put, stream
+from components.checkpoints.stream import Put, stream
 from components.checkpoints.writer import copy_side_files
 from components.fusion.fused import BLOCK, FusedBlock, FusedSource, one_thread
 from components.fusion.inputs import Mask
 from components.fusion.methods import method_named
 from components.fusion.settings import FusionSettings
+from components.storage import Progress
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from components.checkpoints.journal import Journal
-from components.checkpoints.stream import Progress, Put, Written, part_size, stream
+from components.checkpoints.stream import Put, Written, part_size, stream
 from components.checkpoints.writer import write_json
 from components.errors import StorageError
 from components.fusion.making import Fused, Making, make_part
 from components.fusion.recipe import Recipe
 from components.records import RECORD_FILE
-from components.storage import storage_errors, sync
+from components.storage import Progress, storage_errors, sync
 
 _JOURNAL, _LOCK, _REPLACED = "journal.jsonl", "lock", "replaced"
 _ORPHANS_S = 3.0

@@ -17,13 +17,13 @@ import torch
 from components.checkpoints.remote_writer import Output, open_output, write_shard
 from components.checkpoints.safetensors import INDEX_NAME
 from components.checkpoints.source import TensorSpec
-from components.checkpoints.stream import Progress
 from components.checkpoints.uploads import Written
 from components.checkpoints.writer import plan_shards
 from components.errors import StorageError
 from components.fusion.fused import FusedSource
 from components.fusion.making import Fused, Making, make_part
 from components.fusion.recipe import Recipe
+from components.storage import Progress
 from components.workers import spread
 
 

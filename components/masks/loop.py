@@ -20,11 +20,10 @@ from components.masks.engine import Batch, TorchEngine
 from components.masks.preferences import Schedule
 from components.masks.prepare import Prepared
 from components.masks.settings import MaskSettings
+from components.storage import Progress
 
 DENSITY_EVERY = 10
 """Steps between density measurements in metrics.jsonl."""
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 class Preempted(Exception):  # noqa: N818 - no error: what is left is somebody else's turn

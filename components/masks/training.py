@@ -20,7 +20,7 @@ from components.masks.artifact import MaskArtifact, write_artifact
 from components.masks.data import PreferenceData, load_prompts
 from components.masks.engine import TorchEngine
 from components.masks.loading import base_model, build_masked_model, checkpointed_layers, weights_dtype
-from components.masks.loop import Progress, TrainingRun, lines
+from components.masks.loop import TrainingRun, lines
 from components.masks.pairs import answered, open_pairs
 from components.masks.preferences import encode_prompt
 from components.masks.prepare import prepare
@@ -29,6 +29,7 @@ from components.masks.rooms import room_for
 from components.masks.settings import MaskSettings
 from components.masks.state import SavedState
 from components.masks.zero import ZeroSettings
+from components.storage import Progress
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from components.errors import StorageError
+from components.storage import Progress
 from components.testbed import workers
 from components.testbed.compose import FamilyData, compose
 from components.testbed.layout import write_files, write_run_config
@@ -31,8 +32,6 @@ from components.testbed.settings import (
     Size,
     family_settings,
 )
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 def build_family(
