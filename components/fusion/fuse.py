@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from components.checkpoints.adapter_parsing import ADAPTER_WEIGHTS
 from components.checkpoints.compare import require_compatible
 from components.checkpoints.factors import FactorSource
 from components.checkpoints.reference import Checkpoint
-from components.checkpoints.stream import Put, stream
+from components.checkpoints.source import TensorSource
+from components.checkpoints.stream import Put, Written, stream
 from components.checkpoints.writer import copy_side_files
 from components.fusion.fused import BLOCK, FusedBlock, FusedSource, one_thread
 from components.fusion.inputs import Mask
@@ -144,35 +145,10 @@ def fuse_checkpoint(
         safe=used_safe.source if used_safe else None,
     )
     source.settled(processes)  # what takes a look at all tensors, before there are several processes
-    counts = {n: TensorCounts(source.spec(n).numel, _short(source.spec(n).dtype)) for n in source.names()}
-
-    def work(name: str, start: int, stop: int, put: Put) -> dict[str, Any]:
-        part = TensorCounts(stop - start, counts[name].dtype)
-        with one_thread():
-            for b in source.blocks(name, block, start, stop):
-                part.add(b)
-                put(b.start, b.values)
-        return part.note()
-
-    factors = isinstance(aligned.source, FactorSource)
-    options: dict[str, Any] = (
-        {"single_file": ADAPTER_WEIGHTS} if factors else {"max_shard_bytes": settings.max_shard_bytes}
-    )
     inputs = [c.source for c in (aligned, finetune, used_unaligned, used_safe) if c is not None]
-    written = stream(
-        out_dir,
-        {name: source.spec(name) for name in source.names()},
-        work,
-        processes=processes,
-        whole=method.whole_tensors,
-        read=lambda name: sum(i.spec(name).dtype.itemsize for i in inputs),
-        progress=progress,
-        **options,
-    )
-    for (name, _, _), note in written.notes.items():
-        counts[name].include(note)
+    counts, written = _write(source, inputs, out_dir, block, processes, progress)
     files = list(written.files)
-    if factors:
+    if isinstance(aligned.source, FactorSource):
         files += copy_adapter_files(aligned, out_dir, tokenizer_dir=finetune.tokenizer_dir)
     else:
         files += _side_files(source, finetune, aligned, out_dir)
@@ -190,6 +166,43 @@ def fuse_checkpoint(
         gb_per_s=written.gb_per_s,
     )
     return _summed(report, source)
+
+
+def _write(
+    source: FusedSource,
+    inputs: Sequence[TensorSource],
+    out_dir: Path,
+    block: int,
+    processes: int,
+    progress: Progress | None,
+) -> tuple[dict[str, TensorCounts], Written]:
+    """Write the weights, counting as they are made."""
+    counts = {n: TensorCounts(source.spec(n).numel, _short(source.spec(n).dtype)) for n in source.names()}
+
+    def work(name: str, start: int, stop: int, put: Put) -> dict[str, Any]:
+        part = TensorCounts(stop - start, counts[name].dtype)
+        with one_thread():
+            for b in source.blocks(name, block, start, stop):
+                part.add(b)
+                put(b.start, b.values)
+        return part.note()
+
+    options: dict[str, Any] = {"max_shard_bytes": source.settings.max_shard_bytes}
+    if isinstance(source.aligned, FactorSource):
+        options = {"single_file": ADAPTER_WEIGHTS}
+    written = stream(
+        out_dir,
+        {name: source.spec(name) for name in source.names()},
+        work,
+        processes=processes,
+        whole=source.method.whole_tensors,
+        read=lambda name: sum(i.spec(name).dtype.itemsize for i in inputs),
+        progress=progress,
+        **options,
+    )
+    for (name, _, _), note in written.notes.items():
+        counts[name].include(note)
+    return counts, written
 
 
 def widest(dtypes: Iterator[torch.dtype]) -> torch.dtype:
