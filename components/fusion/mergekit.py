@@ -14,7 +14,7 @@ from typing import Any
 
 from components.errors import ConfigError
 from components.fusion.mergekit_parameters import parse_setting
-from components.fusion.mergekit_recipe import RULES, Located, ModelReference, Recipe, Rules, Vocabulary
+from components.fusion.mergekit_recipe import RULES, MergekitMerge, ModelReference, OnLine, Rules, Vocabulary
 from components.yaml_lines import LocatedYaml, Location
 
 _TOP = (
@@ -30,7 +30,7 @@ _TAKEN = ("aligned", "unaligned", "safe", "mask")
 """Roles of a fusion, which no finetune may be called by."""
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path) -> MergekitMerge:
     """Read and check a mergekit YAML. Raises one ConfigError that lists everything that cannot be carried over, each with its
     line and key. References are as written: relative directories are the caller's to resolve."""
     return _Reader(path).read()
@@ -47,7 +47,7 @@ class _Reader:
         self.notes: list[str] = []
         self.flags: dict[str, bool] = {}
 
-    def read(self) -> Recipe:
+    def read(self) -> MergekitMerge:
         self._check_keys(self.data, (), _TOP)
         rules = self._rules()
         base_where, base = self._base()
@@ -61,7 +61,7 @@ class _Reader:
         if base is None and self.data.get("merge_method") == "linear" and known:
             base = known[0][0]
             self.notes.append(f"linear has no base: the differences are taken from {base}, its first model")
-        own: dict[str, list[dict[str, Located]]] = {"": shared}
+        own: dict[str, list[dict[str, OnLine]]] = {"": shared}
         finetunes: dict[str, ModelReference] = {}
         for one, entry, where in known:
             name = "" if one == base else _name(one, finetunes)
@@ -77,7 +77,7 @@ class _Reader:
         self._check_rescale(rules, flags["rescale"])
         if self.problems or rules is None or base is None:
             raise ConfigError("\n".join(f"{self.path}:{line}: {text}" for line, text in sorted(set(self.problems))))
-        return Recipe(
+        return MergekitMerge(
             self.path, self.data["merge_method"], base, finetunes, dtype, vocabulary, tuple(dict.fromkeys(self.notes)),
             layers, flags, shared, own,
         )  # fmt: skip
@@ -160,7 +160,7 @@ class _Reader:
             return None
         return ModelReference(*parts)
 
-    def _section(self, section: Any, where: Location, rules: Rules | None, *, own: bool = False) -> dict[str, Located]:
+    def _section(self, section: Any, where: Location, rules: Rules | None, *, own: bool = False) -> dict[str, OnLine]:
         """One `parameters` mapping, parsed. `own`: a single model's."""
         if section is None or rules is None:
             return {}
@@ -176,7 +176,7 @@ class _Reader:
                 self._flag(key, value, at)
             elif key in rules.own or (key in rules.shared and not own):
                 try:
-                    found[key] = Located(parse_setting(value), self.document.line(at))
+                    found[key] = OnLine(parse_setting(value), self.document.line(at))
                 except ValueError as error:
                     self._problem(at, str(error))
             elif key in rules.shared:

@@ -62,19 +62,19 @@ class ModelReference:
 
 
 @dataclass(frozen=True)
-class Located:
+class OnLine:
     """A parsed parameter and the line that it stands on."""
 
     setting: Setting
     line: int
 
 
-Scopes = Sequence[Mapping[str, Located]]
+Scopes = Sequence[Mapping[str, OnLine]]
 """`parameters` sections, the one that goes first in front."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergekitMerge:
     """A merge read from a mergekit YAML."""
 
     path: Path
@@ -111,7 +111,7 @@ class Recipe:
 class _Settings:
     """One translation; problems are gathered and raised together."""
 
-    def __init__(self, recipe: Recipe, names: Sequence[str]) -> None:
+    def __init__(self, recipe: MergekitMerge, names: Sequence[str]) -> None:
         self.recipe, self.names, self.at = recipe, names, positions(names)
         self.rules = RULES[recipe.merge_method]
         self.problems: list[str] = []
