@@ -29,7 +29,8 @@ from benchmarks.synthetic import make_family
 from components.checkpoints.safetensors import SafetensorsSource
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.mergekit import read_recipe
-from components.fusion.merging import MergedSource, find_thresholds
+from components.fusion.merging import MergedSource
+from components.fusion.trimming import find_thresholds
 
 SHAPE = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 264, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip

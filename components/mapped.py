@@ -30,8 +30,8 @@ cleared again (measured on one process: a step in half the time, with 0.4 GiB mo
 _FOLIO = 1 << 21
 """A touch maps as much of a file as the page cache keeps in one piece, up to 2 MiB (measured: half of a rank's resident file
 pages were other ranks' parts), so that much around a tensor is let go of with it."""
-_MMAP_THRESHOLD = -3
-"""M_MMAP_THRESHOLD of glibc's malloc.h."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h."""
 
 
 class FileMap(mmap.mmap):
@@ -154,3 +154,4 @@ def return_freed_memory(size: int = LEAN) -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; not every C library has it
         if mallopt is not None:
             mallopt(_MMAP_THRESHOLD, size)
+            mallopt(_TRIM_THRESHOLD, size)

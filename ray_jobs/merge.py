@@ -8,7 +8,8 @@ from typing import Any
 from components.checkpoints.loading import load_tokenizer
 from components.checkpoints.reference import Checkpoint
 from components.fusion.merge_settings import MergeSettings
-from components.fusion.merging import MergedSource, find_thresholds
+from components.fusion.merging import MergedSource
+from components.fusion.trimming import find_thresholds
 from ray_jobs.models import MERGE_FILE, checkpoint
 from ray_jobs.stage import Outcome, StageContext
 

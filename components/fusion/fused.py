@@ -110,6 +110,20 @@ class FusedSource:
         for low, high in blocks(stop - start, size):
             yield self.block(name, start + low, start + high)
 
+    def values(self, name: str, size: int, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Elements [start, stop) alone, in slices: where each begins, and its values. Those of a merge that nothing is done to
+        are made in the merge's own pieces."""
+        merge, settings = self.finetune, self.settings
+        if not isinstance(merge, MergedSource) or (settings.method, settings.alpha) != ("interpolation", 1.0):
+            yield from ((block.start, block.values) for block in self.blocks(name, size, start, stop))
+            return
+        spec = self.spec(name)
+        for at, merged in merge.slices(name, start, stop):
+            values = self._rounded(merged, spec.dtype, name, at)
+            if spec.dtype == torch.float16 and not _is_finite(values):
+                refuse_not_finite(name, spec.shape, at, {"fused": values})
+            yield at, values
+
     def unchanged(self, name: str, start: int, stop: int) -> bool:
         """Whether the finetune is the aligned model there, bit for bit, so that fusing them gives just that."""
         if not self.method.keeps_equal or self.spec(name).dtype != self.aligned.spec(name).dtype:

@@ -24,9 +24,10 @@ from components.fusion.fuse import widest
 from components.fusion.fused import FusedSource, one_thread
 from components.fusion.merge_functions import BLOCK
 from components.fusion.merge_settings import MERGE_PAPERS
-from components.fusion.merging import MergedSource, find_thresholds
+from components.fusion.merging import MergedSource
 from components.fusion.models import Models, open_models, versions
 from components.fusion.recipe import Recipe
+from components.fusion.trimming import find_thresholds
 from components.masks.artifact import MaskArtifact
 
 CARD_FILE = "README.md"
@@ -164,15 +165,16 @@ class Making:
 
 
 def make_part(source: FusedSource, name: str, start: int, stop: int, put: Put) -> bool:
-    """Give elements [start, stop) to `put`; whether they are the aligned model's, which then are only copied."""
-    with one_thread():
+    """Give elements [start, stop) to `put`, which must not keep them; whether they are the aligned model's, which then are only
+    copied."""
+    with one_thread(), torch.inference_mode():  # calls are cheaper in it
         if source.unchanged(name, start, stop):
             values = source.aligned.read(name, start, stop)
             _require_finite(name, source.spec(name), start, values)
             put(start, values)
             return True
-        for block in source.blocks(name, BLOCK, start, stop):
-            put(block.start, block.values)
+        for at, values in source.values(name, BLOCK, start, stop):
+            put(at, values)
     return False
 
 

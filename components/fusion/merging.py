@@ -39,20 +39,25 @@ from components.checkpoints.safetensors import SafetensorsSource
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, ConfigError, listed
 from components.fusion.finite import refuse_not_finite
-from components.fusion.merge_functions import BLOCK, Angle, angle_between, dropped, slerp, ties, weighted_sum
+from components.fusion.merge_functions import (
+    BLOCK,
+    CHUNK,
+    Angle,
+    Draws,
+    angle_between,
+    dropped,
+    slerp,
+    ties,
+    weighted_sum,
+    widened,
+)
 from components.fusion.merge_settings import MergeSettings, factor_for, merge_problems
-from components.fusion.thresholds import kth_largest_magnitude
-from components.mapped import QUICK, drop, return_freed_memory
-from components.workers import spread
+from components.fusion.trimming import Thresholds
+from components.mapped import drop
 
-_LET_GO = 8 * BLOCK
-"""Elements after which files' pages are let go of: often enough to hold few, seldom enough not to fetch any twice."""
+_DROPS = ("dare", "dare_ties")
+"""Leave elements out by chance: what is not finite may not show in the sum. What TIES trims is small."""
 _PEEK = 1024
-_TASTE, _SAMPLE = 256, 1 << 16
-"""Elements that are read in one place, and in all, to find where a threshold must lie."""
-
-Thresholds = Mapping[str, Mapping[str, float]]
-"""finetune -> tensor -> the smallest magnitude that TIES keeps."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,19 @@ class _Factors:
     scale: float
     weights: list[float]
     t: float
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """What one pass over a tensor works with."""
+
+    rooms: Sequence[torch.Tensor]
+    """A block in fp32 for the aligned model and for each finetune."""
+    draws: Mapping[str, Draws]
+
+    def rooms_of(self, numel: int) -> Sequence[torch.Tensor]:
+        """So much of each."""
+        return self.rooms if self.rooms[0].numel() == numel else [room[:numel] for room in self.rooms]
 
 
 class MergedSource:
@@ -115,70 +133,108 @@ class MergedSource:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the merged tensor, flattened."""
-        name = self.aliases().get(name, name)
         spec = self.spec(name)
         stop = spec.numel if stop is None else stop
-        if 0 < stop - start <= BLOCK:
-            return self._block(name, start, stop)
         out = torch.empty(stop - start, dtype=spec.dtype)
-        for low, high in blocks(stop - start, _LET_GO):
-            for at, end in blocks(high - low, BLOCK):
-                out[low + at : low + end] = self._block(name, start + low + at, start + low + end)
+        for low, high in blocks(stop - start, CHUNK):
+            for at, values in self.slices(name, start + low, start + high):
+                out[at - start : at - start + values.numel()] = values
             for source in self._finetunes.values():
                 if isinstance(source, SafetensorsSource):  # to ask others is to compute
                     drop(source.read(name, start + low, start + high))
         return out
 
+    def slices(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Elements [start, stop) piece by piece: where each begins, and its values, which the next one overwrites."""
+        name = self.aliases().get(name, name)
+        sources = [self._aligned, *self._finetunes.values()]
+        desk = _Desk([torch.empty(min(BLOCK, stop - start)) for _ in sources], self._draws(name))
+        for low, high in blocks(stop - start, CHUNK):
+            # Once a chunk, not once a block: to ask costs as much as a pass over a small block.
+            chunk = [source.read(name, start + low, start + high).split(BLOCK) for source in sources]  # type: ignore[no-untyped-call]
+            at = start + low
+            for stored, *tuned in zip(*chunk, strict=True):
+                yield at, self._merged(name, at, stored, tuned, desk)
+                at += stored.numel()
+
     def unchanged(self, name: str, start: int, stop: int) -> bool:
         """Whether no finetune differs from the aligned model there, bit for bit."""
         return all(same_bits(self._aligned, one, name, start, stop) for one in self._finetunes.values())
 
-    def _block(self, name: str, start: int, stop: int) -> torch.Tensor:
-        stored = self._aligned.read(name, start, stop)
+    def _merged(
+        self, name: str, start: int, stored: torch.Tensor, tuned: Sequence[torch.Tensor], desk: _Desk
+    ) -> torch.Tensor:
         if not stored.dtype.is_floating_point:
-            for whose, source in self._finetunes.items():
-                if not torch.equal(stored, source.read(name, start, stop)):
+            for whose, values in zip(self._finetunes, tuned, strict=True):
+                if not torch.equal(stored, values):
                     raise CheckpointError(f"{name} holds integers that differ in {whose}; they cannot be merged")
             return stored
+        room, *rooms = desk.rooms_of(stored.numel())
+        aligned = widened(stored, room)
         if self._settings.method == "slerp":
-            return self._slerp(name, start, stop)
-        aligned = stored.float()
-        deltas = []
-        for source in self._finetunes.values():
-            deltas.append(_difference(source.read(name, start, stop), aligned))
-        # Looked at before anything is dropped or trimmed away; a sum tells, and hardly costs.
-        if not math.isfinite(sum(float(delta.sum()) for delta in deltas)):
-            slices = {one: source.read(name, start, stop) for one, source in self._finetunes.items()}
-            refuse_not_finite(name, self.spec(name).shape, start, {**slices, "aligned": stored})
-        merged, scale = self._merge(name, start, deltas), self._numbers(name).scale
-        if scale != 1:
-            merged.mul_(scale)
-        return merged.add_(aligned)
+            merged = self._slerp(name, aligned, [widened(one, room) for one, room in zip(tuned, rooms, strict=True)])
+        else:
+            deltas = self._deltas(name, start, stored, aligned, tuned, rooms, desk.draws)
+            merged, scale = self._merge(name, deltas), self._numbers(name).scale
+            if scale != 1:
+                merged.mul_(scale)
+            merged.add_(aligned)
+        self._require_finite(name, start, float(merged.sum()), stored, tuned)
+        return merged
 
-    def _merge(self, name: str, start: int, deltas: list[torch.Tensor]) -> torch.Tensor:
-        settings, names = self._settings, list(self._finetunes)
+    def _deltas(
+        self,
+        name: str,
+        start: int,
+        stored: torch.Tensor,
+        aligned: torch.Tensor,
+        tuned: Sequence[torch.Tensor],
+        rooms: Sequence[torch.Tensor],
+        draws: Mapping[str, Draws],
+    ) -> list[torch.Tensor]:
+        """The task vectors in `rooms`, with those elements dropped that are to be."""
+        total = 0.0
+        deltas = []
+        for one, values, room in zip(self._finetunes, tuned, rooms, strict=True):
+            delta = torch.sub(widened(values, room), aligned, out=room)
+            if one in draws:
+                total += float(delta.sum())  # before anything is dropped
+                drawn = draws[one].at(start, delta.numel())
+                delta = dropped(delta, drawn, keep=self._settings.kept_of(one, name))
+            deltas.append(delta)
+        self._require_finite(name, start, total, stored, tuned)
+        return deltas
+
+    def _require_finite(
+        self, name: str, start: int, total: float, stored: torch.Tensor, tuned: Sequence[torch.Tensor]
+    ) -> None:
+        """A sum tells, and hardly costs."""
+        if not math.isfinite(total):
+            slices = dict(zip(self._finetunes, tuned, strict=True))
+            refuse_not_finite(name, self.spec(name).shape, start, {**slices, "aligned": stored})
+
+    def _merge(self, name: str, deltas: list[torch.Tensor]) -> torch.Tensor:
+        settings = self._settings
         if settings.method == "average":
             return weighted_sum(deltas, [1 / len(deltas)] * len(deltas))
         weights = self._numbers(name).weights
-        if settings.method in ("dare", "dare_ties"):
-            deltas = [
-                dropped(delta, keep=settings.kept_of(one, name), seed=settings.seed, name=f"{one}/{name}", start=start)
-                for one, delta in zip(names, deltas, strict=True)
-            ]
         if settings.method in ("ties", "dare_ties"):
-            limits = [self._thresholds[one][name] if settings.method == "ties" else 0.0 for one in names]
+            limits = [self._thresholds[one][name] if settings.method == "ties" else 0.0 for one in self._finetunes]
             return ties(deltas, weights, limits, mean=settings.aggregate == "mean")
         return weighted_sum(deltas, weights)
 
-    def _slerp(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def _draws(self, name: str) -> dict[str, Draws]:
+        """By finetune, what decides which elements are dropped; none where none are."""
+        if self._settings.method not in _DROPS or not self.spec(name).dtype.is_floating_point:
+            return {}
+        return {one: Draws(seed=self._settings.seed, name=f"{one}/{name}") for one in self._finetunes}
+
+    def _slerp(self, name: str, aligned: torch.Tensor, tuned: Sequence[torch.Tensor]) -> torch.Tensor:
         models = list(self._finetunes.values())
         first, second = models if len(models) == 2 else (self._aligned, models[0])
         if name not in self._angles:
             self._angles[name] = angle_between(first, second, name)
-        x, y = (source.read(name, start, stop).float() for source in (first, second))
-        if not math.isfinite(float(x.sum()) + float(y.sum())):
-            slices = {one: source.read(name, start, stop) for one, source in self._finetunes.items()}
-            refuse_not_finite(name, self.spec(name).shape, start, {**slices, "aligned": x})
+        x, y = tuned if len(models) == 2 else (aligned, tuned[0])
         return slerp(x, y, t=self._numbers(name).t, angle=self._angles[name])
 
     def _numbers(self, name: str) -> _Factors:
@@ -210,50 +266,3 @@ def same_bits(one: TensorSource, other: TensorSource, name: str, start: int, sto
 def _words(values: torch.Tensor) -> npt.NDArray[np.generic]:
     raw: npt.NDArray[np.generic] = values.view(torch.uint8).numpy()
     return raw.view(np.uint64) if raw.size % 8 == 0 and raw.ctypes.data % 8 == 0 else raw
-
-
-def _difference(finetuned: torch.Tensor, aligned: torch.Tensor) -> torch.Tensor:
-    """τ in memory of its own; `aligned` is fp32."""
-    return finetuned - aligned if finetuned.dtype == torch.float32 else finetuned.float().sub_(aligned)
-
-
-def find_thresholds(
-    aligned: TensorSource, finetunes: Mapping[str, TensorSource], settings: MergeSettings, *, processes: int = 1
-) -> dict[str, dict[str, float]]:
-    """For TIES, the smallest magnitude of each finetune's τ that is kept, per tensor (all the same where the whole model is
-    looked at). Reads every model once, block by block; three times where a sample misled."""
-    names = [name for name in aligned.names() if aligned.spec(name).dtype.is_floating_point]
-    groups = [[name] for name in names] if settings.threshold == "tensor" else [names]
-    wanted = [(one, group) for one in finetunes for group in groups if any(aligned.spec(n).numel for n in group)]
-
-    def limit(item: tuple[str, list[str]]) -> float:
-        one, group = item
-        return_freed_memory(QUICK)
-        # One density for a group: by pattern there are only tensors by themselves.
-        return _kept_from(aligned, finetunes[one], group, settings.kept_of(one, group[0]))
-
-    # The largest first: no process is left with one of them when all others are done.
-    wanted.sort(key=lambda item: -sum(aligned.spec(name).numel for name in item[1]))
-    found: dict[str, dict[str, float]] = {one: {} for one in finetunes}
-    for (one, group), value in spread(limit, wanted, processes=processes):
-        found[one] |= dict.fromkeys(group, value)
-    return {one: dict(sorted(limits.items())) for one, limits in found.items()}
-
-
-def _kept_from(aligned: TensorSource, finetune: TensorSource, names: Sequence[str], share: float) -> float:
-    def delta(name: str, start: int, stop: int) -> torch.Tensor:
-        return _difference(finetune.read(name, start, stop), aligned.read(name, start, stop).float())
-
-    def deltas() -> Iterator[torch.Tensor]:
-        for name in names:
-            for start, stop in blocks(aligned.spec(name).numel, BLOCK):
-                yield delta(name, start, stop)
-
-    sizes = {name: aligned.spec(name).numel for name in names}
-    numel = sum(sizes.values())
-    step = max(_TASTE, _TASTE * numel // _SAMPLE)
-    tastes = [
-        delta(name, start, min(start + _TASTE, size)) for name, size in sizes.items() for start in range(0, size, step)
-    ]
-    k = max(1, round(share * numel))
-    return kth_largest_magnitude(deltas, k, numel=numel, sample=torch.cat(tastes))

@@ -122,12 +122,16 @@ class _Noting:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         stop = self.spec(name).numel if stop is None else stop
-        parts: list[torch.Tensor] = []
-        same = make_part(self._source, name, start, stop, lambda _, values: parts.append(values))
+        out = torch.empty(stop - start, dtype=self.spec(name).dtype)
+
+        def put(at: int, values: torch.Tensor) -> None:
+            out[at - start : at - start + values.numel()] = values
+
+        same = make_part(self._source, name, start, stop, put)
         self._seen.add(name)
         if not same:
             self._changed.add(name)
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        return out
 
     def unchanged(self) -> list[str]:
         return sorted(self._seen - self._changed)

@@ -50,8 +50,9 @@ def _between(values: Blocks, k: int, numel: int, sample: torch.Tensor) -> float 
     pieces: list[npt.NDArray[np.float32]] = []
     for block in values():
         magnitudes = block.abs_().numpy()  # numpy compares and counts ten times as fast as torch (measured)
-        above += int(np.count_nonzero(magnitudes > high))
-        inside = magnitudes[np.flatnonzero((magnitudes >= low) & (magnitudes <= high))]
+        over = magnitudes > high
+        above += int(np.count_nonzero(over))
+        inside = magnitudes[np.flatnonzero((magnitudes >= low) ^ over)]
         pieces.append(inside)
         waiting += inside.size
         if waiting >= _WAITING:
@@ -86,10 +87,15 @@ class _Counted:
 
 def _range(share: float, sample: torch.Tensor) -> tuple[float, float]:
     """Two magnitudes between which that of rank `share` × all lies, as far as a sample can tell."""
-    sorted_, size = sample.abs().sort(descending=True).values, sample.numel()
+    size = sample.numel()
     margin = _DEVIATIONS * math.sqrt(size * share * (1 - share)) + 1
-    first, last = math.floor(share * size - margin), math.ceil(share * size + margin)
-    return (float(sorted_[last]) if last < size else 0.0), (float(sorted_[first]) if first >= 0 else math.inf)
+    # Ranks from below.
+    high, low = size - 1 - math.floor(share * size - margin), size - 1 - math.ceil(share * size + margin)
+    ranks = [rank for rank in (low, high) if 0 <= rank < size]
+    ordered = (
+        np.partition(sample.abs().numpy(), ranks) if ranks else np.empty(0)
+    )  # a whole sort takes several times as long
+    return (float(ordered[low]) if low >= 0 else 0.0), (float(ordered[high]) if high < size else math.inf)
 
 
 def _counts(values: Blocks, upper: int | None) -> npt.NDArray[np.int64]:

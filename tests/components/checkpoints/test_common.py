@@ -14,8 +14,9 @@ from components.checkpoints.harmonize import harmonize
 from components.checkpoints.reference import Checkpoint
 from components.checkpoints.source import read_whole
 from components.fusion.fused import FusedSource
-from components.fusion.merging import MergedSource, find_thresholds
+from components.fusion.merging import MergedSource
 from components.fusion.settings import FusionSettings
+from components.fusion.trimming import find_thresholds
 from tests.components.checkpoints.tiny import same_bits
 from tests.components.checkpoints.whole import (
     BIAS,

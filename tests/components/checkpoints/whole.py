@@ -11,7 +11,7 @@ from components.checkpoints.common import ALIGNED
 from components.checkpoints.harmonize import Harmonized
 from components.checkpoints.reference import Checkpoint
 from components.fusion.merge_settings import MergeSettings
-from components.fusion.merging import dropped
+from components.fusion.merge_functions import Draws, dropped
 from tests.components.checkpoints.tiny import MemorySource
 from tests.components.fusion.test_merging import literal_ties
 
@@ -70,7 +70,8 @@ def fused_by(method: str, whole: Mapping[str, State], name: str) -> torch.Tensor
         return base + 0.5 * torch.from_numpy(literal_ties(stacked.numpy(), 0.4, mean=True))
     if method == "dare":
         kept = [
-            dropped(d.float(), keep=0.7, seed=3, name=f"{one}/{name}", start=0).double() for one, d in deltas.items()
+            dropped(d.float(), Draws(seed=3, name=f"{one}/{name}").at(0, d.numel()), keep=0.7).double()
+            for one, d in deltas.items()
         ]
         return base + 0.5 * torch.stack(kept).sum(dim=0)
     return base + 0.5 * stacked.sum(dim=0)

@@ -17,10 +17,11 @@ from pydantic import ValidationError
 
 from components.errors import ConfigError
 from components.fusion.fused import FusedSource
-from components.fusion.merge_functions import Angle, angle_between, dropped, slerp
+from components.fusion.merge_functions import Angle, Draws, angle_between, dropped, slerp
 from components.fusion.merge_settings import MERGE_PAPERS, MergeSettings, merge_problems
-from components.fusion.merging import MergedSource, find_thresholds
+from components.fusion.merging import MergedSource
 from components.fusion.settings import FusionSettings
+from components.fusion.trimming import find_thresholds
 from components.records import canonical_json
 from tests.components.checkpoints.tiny import LogitMask, MemorySource
 
@@ -70,7 +71,8 @@ def reference(
     if chosen.method in ("dare", "dare_ties"):
         for i, one in enumerate(finetunes):
             ones = torch.ones(base.size)
-            drops = dropped(ones, keep=chosen.kept, seed=chosen.seed, name=f"{one}/{name}", start=0)
+            drawn = Draws(seed=chosen.seed, name=f"{one}/{name}").at(0, base.size)
+            drops = dropped(ones, drawn, keep=chosen.kept)
             kept[i] = drops.numpy() > 0
             deltas[i] = deltas[i] / chosen.kept
     out = np.zeros(base.size)

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 
 from components.errors import CheckpointError, ConfigError
 from components.fusion import thresholds
-from components.fusion.merge_functions import BLOCK, dropped, ties, weighted_sum
+from components.fusion.merge_functions import BLOCK, Draws, dropped, ties, weighted_sum
 from components.fusion.merge_settings import MergeSettings
-from components.fusion.merging import MergedSource, find_thresholds
+from components.fusion.merging import MergedSource
 from components.fusion.thresholds import kth_largest_magnitude
+from components.fusion.trimming import find_thresholds
 from tests.components.checkpoints.tiny import MemorySource
 
 NAMES = ("zh", "code", "math")
@@ -106,7 +107,11 @@ def test_each_finetune_and_tensor_may_have_a_density_of_its_own() -> None:
     base, merge = aligned.tensors["big"].reshape(-1), MergeSettings(method="dare", seed=4, **own)
     got = merged(merge, aligned, finetunes).read("big")
     drops = [
-        dropped(finetunes[one].tensors["big"].reshape(-1) - base, keep=share, seed=4, name=f"{one}/big", start=0)
+        dropped(
+            finetunes[one].tensors["big"].reshape(-1) - base,
+            Draws(seed=4, name=f"{one}/big").at(0, base.numel()),
+            keep=share,
+        )
         for one, share in zip(NAMES, shares["big"], strict=True)
     ]
     torch.testing.assert_close(got, base + drops[0] + drops[1] + drops[2], rtol=0, atol=1e-6)
@@ -134,13 +139,22 @@ def test_densities_that_mean_nothing_are_refused(own: dict[str, Any], reason: st
 
 def test_dare_drops_its_share_and_keeps_the_mean() -> None:
     ones = torch.ones(200_000)
-    found = dropped(ones.clone(), keep=0.8, seed=1, name="zh/w", start=0)
+    found = dropped(ones.clone(), Draws(seed=1, name="zh/w").at(0, 200_000), keep=0.8)
     assert sorted(set(found.tolist())) == [0.0, 1.25]
     assert float((found > 0).float().mean()) == pytest.approx(0.8, abs=0.005)
-    assert torch.equal(found[777:9001], dropped(ones[777:9001].clone(), keep=0.8, seed=1, name="zh/w", start=777))
     for other in ({"seed": 2}, {"name": "code/w"}):
-        again = dropped(ones.clone(), **{"keep": 0.8, "seed": 1, "name": "zh/w", "start": 0, **other})  # type: ignore[arg-type]
+        drawn = Draws(**{"seed": 1, "name": "zh/w", **other}).at(0, 200_000)  # type: ignore[arg-type]
+        again = dropped(ones.clone(), drawn, keep=0.8)
         assert float((again == found).float().mean()) == pytest.approx(0.8**2 + 0.2**2, abs=0.01)
+
+
+def test_draws_are_the_same_however_they_are_asked_for() -> None:
+    whole = Draws(seed=1, name="zh/w").at(0, 10_000)
+    chi_square = float((((np.bincount(whole >> 12, minlength=16) - 625) ** 2) / 625).sum())
+    assert chi_square < 45  # 15 degrees of freedom: one in ten thousand
+    draws = Draws(seed=1, name="zh/w")
+    for start, count in ((777, 2222), (2999, 1), (3000, 5), (3005, 4000), (0, 3), (3, 9_997), (9_999, 1), (4, 0)):
+        assert np.array_equal(draws.at(start, count), whole[start : start + count]), (start, count)
 
 
 @pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "dare"])
@@ -177,7 +191,9 @@ def test_the_gradient_of_a_shared_mask_is_that_of_the_merge_of_masked_task_vecto
     elif method == "task_arithmetic":
         joined = torch.stack(masked).sum(dim=0)
     elif method == "dare":
-        keeps = [dropped(torch.ones(7), keep=0.8, seed=0, name=f"{one}/small", start=0).double() for one in NAMES]
+        keeps = [
+            dropped(torch.ones(7), Draws(seed=0, name=f"{one}/small").at(0, 7), keep=0.8).double() for one in NAMES
+        ]
         joined = torch.stack([d * k for d, k in zip(masked, keeps, strict=True)]).sum(dim=0)
     else:
         limits = find_thresholds(aligned, finetunes, settings)
