@@ -10,8 +10,8 @@ import torch
 from components.checkpoints.common import ALIGNED
 from components.checkpoints.harmonize import Harmonized
 from components.checkpoints.reference import Checkpoint
-from components.fusion.merge_settings import MergeSettings
 from components.fusion.merge_functions import Draws, dropped
+from components.fusion.merge_settings import MergeSettings
 from tests.components.checkpoints.tiny import MemorySource
 from tests.components.fusion.test_merging import literal_ties
 
