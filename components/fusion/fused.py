@@ -118,8 +118,9 @@ class FusedSource:
             yield from ((block.start, block.values) for block in self.blocks(name, size, start, stop))
             return
         spec = self.spec(name)
-        for at, merged in merge.slices(name, start, stop):
-            values = self._rounded(merged, spec.dtype, name, at)
+        nearest = settings.rounding == "nearest"
+        for at, merged in merge.slices(name, start, stop, spec.dtype if nearest else torch.float32):
+            values = merged if nearest else self._rounded(merged, spec.dtype, name, at)
             if spec.dtype == torch.float16 and not _is_finite(values):
                 refuse_not_finite(name, spec.shape, at, {"fused": values})
             yield at, values

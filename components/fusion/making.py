@@ -22,6 +22,7 @@ from components.fusion.card import model_card
 from components.fusion.finite import refuse_not_finite
 from components.fusion.fuse import widest
 from components.fusion.fused import FusedSource, one_thread
+from components.fusion.kernels import library
 from components.fusion.merge_functions import BLOCK
 from components.fusion.merge_settings import MERGE_PAPERS
 from components.fusion.merging import MergedSource
@@ -160,7 +161,8 @@ class Making:
             "output_dtypes": sorted({str(source.spec(n).dtype).removeprefix("torch.") for n in source.names()}),
             "unchanged_tensors": sorted(unchanged),
             "notes": list(self.models.notes),
-            "environment": {name: _version_of(name) for name in ("safety-realign", "torch")},
+            "environment": {name: _version_of(name) for name in ("safety-realign", "torch")}
+            | {"kernels": library() is not None},
         }
 
 

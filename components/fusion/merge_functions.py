@@ -7,7 +7,6 @@ addition are never one operation, which torch may or may not round once, by wher
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,15 @@ import numpy.typing as npt
 import torch
 
 from components.checkpoints.source import TensorSource, blocks
+from components.fusion.kernels import drop_limit, trimmed_up_to
 from components.fusion.sums import dot
+from components.masks.concrete import BLOCK as HASH_BLOCK
+from components.masks.concrete import hash_keys, mask_halves
 
 BLOCK = 131_072
 """Elements of each model worked on at once: small enough for a core's cache (measured)."""
+KERNEL_BLOCK = 1 << 18
+"""Elements for a compiled kernel, which keeps no more than the result."""
 CHUNK = 1 << 20
 """Elements that are asked for at once; after as many, files' pages are let go of: often enough to hold few, seldom enough not
 to fetch any twice."""
@@ -77,35 +81,37 @@ def _trimmed(delta: torch.Tensor, threshold: float) -> torch.Tensor:
     """τ where |τ| ≥ threshold, else 0."""
     if threshold <= 0:
         return delta
-    below = float(np.nextafter(np.float32(threshold), np.float32(0)))
-    return torch.nn.functional.hardshrink(delta, below)  # keeps what is greater: seven times as fast as a comparison
+    return torch.nn.functional.hardshrink(
+        delta, trimmed_up_to(threshold)
+    )  # keeps what is greater: seven times as fast as a comparison
 
 
+@dataclass(frozen=True)
 class Draws:
-    """16 uniform bits for each position of a tensor, a function of (seed, name, position): those of numpy's PCG64, whose stream
-    can be entered anywhere. Cheapest in order."""
+    """16 uniform bits for each position of a tensor: a function of (seed, name, position), that of the masks' noise."""
 
-    def __init__(self, *, seed: int, name: str) -> None:
-        digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest()
-        self._words = np.random.PCG64(int.from_bytes(digest, "little"))
-        self._first, self._at = self._words.state, 0
+    seed: int
+    name: str
 
-    def at(self, start: int, count: int) -> npt.NDArray[np.uint16]:
+    def at(self, start: int, count: int) -> npt.NDArray[np.int16]:
         """Those of positions [start, start + count)."""
-        (word, skip), stop = divmod(start, 4), -(-(start + count) // 4)
-        if word != self._at:
-            self._words.state = self._first
-            self._words.advance(word)
-        self._at = stop
-        return self._words.random_raw(stop - word).astype("<u8", copy=False).view("<u2")[skip : skip + count]
+        segment = (f"dare/{self.name}", start, start + count)
+        drawn: npt.NDArray[np.int16] = mask_halves(seed=self.seed, step=0, segments=[segment]).numpy()
+        return drawn
+
+    def keys(self, start: int, count: int) -> npt.NDArray[np.uint32]:
+        """What a kernel makes them of, [blocks, 2]."""
+        first, last = start // 2 // HASH_BLOCK, (start + count + 1) // 2 // HASH_BLOCK
+        keys = [hash_keys(self.seed, f"dare/{self.name}", 0, block) for block in range(first, last + 1)]
+        return np.array(keys, np.int32).view(np.uint32)
 
 
-def dropped(delta: torch.Tensor, drawn: npt.NDArray[np.uint16], *, keep: float) -> torch.Tensor:
+def dropped(delta: torch.Tensor, drawn: npt.NDArray[np.int16], *, keep: float) -> torch.Tensor:
     """Each element kept with probability `keep`, to 2⁻¹⁶, and divided by it: DARE, https://arxiv.org/abs/2311.03099. `drawn`
     decides which. Overwrites the delta."""
     if keep == 1:
         return delta
-    kept = np.less(drawn, np.uint16(min(round(keep * 65_536), 65_535))).view(np.int8)
+    kept = (drawn < drop_limit(keep)).view(np.int8)
     # All bits or none, of 8 and then of 32: a select or a product with 0 or 1 takes several times as long (measured).
     bits = torch.empty_like(delta, dtype=torch.int32).copy_(torch.from_numpy(np.negative(kept, out=kept)))
     delta.view(torch.int32).bitwise_and_(bits)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +39,11 @@ from components.checkpoints.safetensors import SafetensorsSource
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, ConfigError, listed
 from components.fusion.finite import refuse_not_finite
+from components.fusion.kernels import MergeKernel, knows, library
 from components.fusion.merge_functions import (
     BLOCK,
     CHUNK,
+    KERNEL_BLOCK,
     Angle,
     Draws,
     angle_between,
@@ -73,13 +75,20 @@ class _Factors:
 class _Desk:
     """What one pass over a tensor works with."""
 
+    out: torch.Tensor
+    """A block of the result."""
     rooms: Sequence[torch.Tensor]
     """A block in fp32 for the aligned model and for each finetune."""
     draws: Mapping[str, Draws]
+    """By finetune, what decides which elements are dropped; none where none are."""
+    kernel: MergeKernel | None
+    """Where it was compiled: needs no rooms."""
 
-    def rooms_of(self, numel: int) -> Sequence[torch.Tensor]:
-        """So much of each."""
-        return self.rooms if self.rooms[0].numel() == numel else [room[:numel] for room in self.rooms]
+    def fit(self, numel: int) -> _Desk:
+        """With so much room in each place."""
+        if self.out.numel() == numel:
+            return self
+        return replace(self, out=self.out[:numel], rooms=[room[:numel] for room in self.rooms])
 
 
 class MergedSource:
@@ -144,17 +153,22 @@ class MergedSource:
                     drop(source.read(name, start + low, start + high))
         return out
 
-    def slices(self, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Elements [start, stop) piece by piece: where each begins, and its values, which the next one overwrites."""
+    def slices(
+        self, name: str, start: int, stop: int, dtype: torch.dtype = torch.float32
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Elements [start, stop) piece by piece, rounded to `dtype`: where each begins, and its values, which the next one
+        overwrites. Tensors of integers stay what they are."""
         name = self.aliases().get(name, name)
         sources = [self._aligned, *self._finetunes.values()]
-        desk = _Desk([torch.empty(min(BLOCK, stop - start)) for _ in sources], self._draws(name))
+        kernel = self._kernel(name)
+        size = min(BLOCK if kernel is None else KERNEL_BLOCK, stop - start)
+        desk = _Desk(torch.empty(size, dtype=dtype), [torch.empty(size) for _ in sources], self._draws(name), kernel)
         for low, high in blocks(stop - start, CHUNK):
             # Once a chunk, not once a block: to ask costs as much as a pass over a small block.
-            chunk = [source.read(name, start + low, start + high).split(BLOCK) for source in sources]  # type: ignore[no-untyped-call]
+            chunk = [source.read(name, start + low, start + high).split(size) for source in sources]  # type: ignore[no-untyped-call]
             at = start + low
             for stored, *tuned in zip(*chunk, strict=True):
-                yield at, self._merged(name, at, stored, tuned, desk)
+                yield at, self._merged(name, at, stored, tuned, desk.fit(stored.numel()))
                 at += stored.numel()
 
     def unchanged(self, name: str, start: int, stop: int) -> bool:
@@ -169,7 +183,12 @@ class MergedSource:
                 if not torch.equal(stored, values):
                     raise CheckpointError(f"{name} holds integers that differ in {whose}; they cannot be merged")
             return stored
-        room, *rooms = desk.rooms_of(stored.numel())
+        if desk.kernel is not None and knows(stored, *tuned, desk.out):
+            keys = [draws.keys(start, stored.numel()) for draws in desk.draws.values()] or None
+            total = desk.kernel(stored, tuned, desk.out, start=start, keys=keys)
+            self._require_finite(name, start, total, stored, tuned)
+            return desk.out
+        room, *rooms = desk.rooms
         aligned = widened(stored, room)
         if self._settings.method == "slerp":
             merged = self._slerp(name, aligned, [widened(one, room) for one, room in zip(tuned, rooms, strict=True)])
@@ -180,7 +199,7 @@ class MergedSource:
                 merged.mul_(scale)
             merged.add_(aligned)
         self._require_finite(name, start, float(merged.sum()), stored, tuned)
-        return merged
+        return merged if desk.out.dtype == torch.float32 else desk.out.copy_(merged)
 
     def _deltas(
         self,
@@ -214,14 +233,29 @@ class MergedSource:
             refuse_not_finite(name, self.spec(name).shape, start, {**slices, "aligned": stored})
 
     def _merge(self, name: str, deltas: list[torch.Tensor]) -> torch.Tensor:
-        settings = self._settings
-        if settings.method == "average":
-            return weighted_sum(deltas, [1 / len(deltas)] * len(deltas))
-        weights = self._numbers(name).weights
+        settings, weights = self._settings, self._numbers(name).weights
         if settings.method in ("ties", "dare_ties"):
-            limits = [self._thresholds[one][name] if settings.method == "ties" else 0.0 for one in self._finetunes]
+            limits = self._limits(name) or [0.0] * len(weights)
             return ties(deltas, weights, limits, mean=settings.aggregate == "mean")
         return weighted_sum(deltas, weights)
+
+    def _limits(self, name: str) -> list[float] | None:
+        return [self._thresholds[one][name] for one in self._finetunes] if self._settings.method == "ties" else None
+
+    def _kernel(self, name: str) -> MergeKernel | None:
+        """All but slerp, of tensors that are not integers."""
+        lib, settings = library(), self._settings
+        if lib is None or settings.method == "slerp" or not self.spec(name).dtype.is_floating_point:
+            return None
+        drops, numbers = settings.method in _DROPS, self._numbers(name)
+        return MergeKernel(
+            lib,
+            weights=numbers.weights,
+            scale=numbers.scale,
+            keeps=[settings.kept_of(one, name) for one in self._finetunes] if drops else None,
+            thresholds=self._limits(name),
+            elect=settings.aggregate if settings.method in ("ties", "dare_ties") else None,
+        )
 
     def _draws(self, name: str) -> dict[str, Draws]:
         """By finetune, what decides which elements are dropped; none where none are."""
@@ -245,7 +279,9 @@ class MergedSource:
             place = None if settings.t is None else factor_for(settings.t, name)
             self._factors[name] = _Factors(
                 scale=settings.scale * (1.0 if layer is None else layer),
-                weights=[1.0 if weight is None else weight for weight in found],
+                weights=[1.0 if weight is None else weight for weight in found]
+                if settings.method != "average"
+                else [1 / len(found)] * len(found),
                 t=0.0 if place is None else place,
             )
         return self._factors[name]

@@ -18,6 +18,8 @@ import torch
 
 Blocks = Callable[[], Iterator[torch.Tensor]]
 """Gives the values again at each call, in pieces of any size: 1-D fp32, none of them NaN. They may be overwritten."""
+Bands = Callable[[np.float32, np.float32], Iterator[tuple[int, npt.NDArray[np.float32]]]]
+"""(low, high) -> block by block, how many magnitudes are above `high`, and those that are in [low, high]."""
 
 _BINS = 1 << 16
 _DEVIATIONS = 6
@@ -29,12 +31,14 @@ _WAITING = 1 << 18
 """Values between that are sorted at once."""
 
 
-def kth_largest_magnitude(values: Blocks, k: int, *, numel: int = 0, sample: torch.Tensor | None = None) -> float:
+def kth_largest_magnitude(
+    values: Blocks, k: int, *, numel: int = 0, sample: torch.Tensor | None = None, bands: Bands | None = None
+) -> float:
     """The k-th largest |x| (k = 1 is the largest) of what `values` gives. Everything that is at least as large is kept by
     TIES; equal magnitudes may make that a few more than k. `sample`, some of the `numel` values, saves passes and changes
-    nothing else."""
+    nothing else; so do `bands` of the same values that somebody finds faster."""
     assert k >= 1
-    found = None if sample is None else _between(values, k, numel, sample)
+    found = None if sample is None else _between(bands or _bands_of(values), k, numel, sample)
     if found is not None:
         return found
     high = _from_above(_counts(values, None), k)
@@ -43,16 +47,23 @@ def kth_largest_magnitude(values: Blocks, k: int, *, numel: int = 0, sample: tor
     return float(bits.view(np.float32)[0])
 
 
-def _between(values: Blocks, k: int, numel: int, sample: torch.Tensor) -> float | None:
+def _bands_of(values: Blocks) -> Bands:
+    def bands(low: np.float32, high: np.float32) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        for block in values():
+            magnitudes = block.abs_().numpy()  # numpy compares and counts ten times as fast as torch (measured)
+            over = magnitudes > high
+            yield int(np.count_nonzero(over)), magnitudes[np.flatnonzero((magnitudes >= low) ^ over)]
+
+    return bands
+
+
+def _between(bands: Bands, k: int, numel: int, sample: torch.Tensor) -> float | None:
     """The k-th of `numel` by way of a sample; None where that does not find it."""
     low, high = (np.float32(bound) for bound in _range(k / numel, sample))
     above, found, waiting = 0, _Counted(), 0
     pieces: list[npt.NDArray[np.float32]] = []
-    for block in values():
-        magnitudes = block.abs_().numpy()  # numpy compares and counts ten times as fast as torch (measured)
-        over = magnitudes > high
-        above += int(np.count_nonzero(over))
-        inside = magnitudes[np.flatnonzero((magnitudes >= low) ^ over)]
+    for over, inside in bands(low, high):
+        above += over
         pieces.append(inside)
         waiting += inside.size
         if waiting >= _WAITING:

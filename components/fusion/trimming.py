@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from components.checkpoints.source import TensorSource, blocks
+from components.fusion.kernels import between, knows, library
 from components.fusion.merge_functions import BLOCK, CHUNK, widened
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.thresholds import kth_largest_magnitude
@@ -51,11 +54,21 @@ def _kept_from(aligned: TensorSource, finetune: TensorSource, names: Sequence[st
         first, second = (room[: stored.numel()] for room in rooms)
         return torch.sub(widened(finetuned, second), widened(stored, first), out=second)
 
-    def deltas() -> Iterator[torch.Tensor]:
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for name in names:
             for start, stop in blocks(aligned.spec(name).numel, CHUNK):
                 chunk = (source.read(name, start, stop).split(BLOCK) for source in (finetune, aligned))  # type: ignore[no-untyped-call]
-                yield from itertools.starmap(delta, zip(*chunk, strict=True))
+                yield from zip(*chunk, strict=True)
+
+    def deltas() -> Iterator[torch.Tensor]:
+        return itertools.starmap(delta, pairs())
+
+    def bands(low: np.float32, high: np.float32) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        assert lib is not None
+        room = np.empty(BLOCK, np.float32)
+        for finetuned, stored in pairs():
+            above, inside = between(lib, stored, finetuned, low, high, room)
+            yield above, inside.copy()
 
     sizes = {name: aligned.spec(name).numel for name in names}
     numel = sum(sizes.values())
@@ -66,4 +79,5 @@ def _kept_from(aligned: TensorSource, finetune: TensorSource, names: Sequence[st
         for start in range(0, size, step)
     ]
     k = max(1, round(share * numel))
-    return kth_largest_magnitude(deltas, k, numel=numel, sample=torch.cat(tastes))
+    lib = library() if all(knows(source.read(names[0], 0, 1)) for source in (finetune, aligned)) else None
+    return kth_largest_magnitude(deltas, k, numel=numel, sample=torch.cat(tastes), bands=bands if lib else None)

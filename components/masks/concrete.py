@@ -66,7 +66,8 @@ def _counters(device: str) -> torch.Tensor:
     return _scramble_(_xorshift_(x, 16, scratch).mul_(_scalar_like(_MULTIPLY_1, x)), scratch)
 
 
-def _keys(seed: int, name: str, step: int, block: int) -> tuple[int, int]:
+def hash_keys(seed: int, name: str, step: int, block: int) -> tuple[int, int]:
+    """The two int32 that make one block of a stream's words out of its positions (`kernels.c` has the same hash)."""
     digest = hashlib.blake2b(f"{seed}\0{name}\0{step}\0{block}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
 
@@ -79,7 +80,7 @@ def _hashed(seed: int, step: int, ranges: Sequence[Segment], device: str) -> tor
         while start < stop:
             block, low = divmod(start, BLOCK)
             high = min(stop - block * BLOCK, BLOCK)
-            pieces.append((low, high, _keys(seed, name, step, block)))
+            pieces.append((low, high, hash_keys(seed, name, step, block)))
             start = block * BLOCK + high
     words = torch.empty(sum(high - low for low, high, _ in pieces), dtype=torch.int32, device=device)
     if not pieces:
