@@ -11,13 +11,13 @@ import torch
 
 from components.checkpoints.source import TensorSource, blocks
 from components.fusion.kernels import between, knows, library
-from components.fusion.merge_functions import BLOCK, CHUNK, widened
+from components.fusion.merge_functions import BLOCK, CHUNK, KERNEL_BLOCK, widened
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.thresholds import kth_largest_magnitude
 from components.mapped import QUICK, return_freed_memory
 from components.workers import spread
 
-_TASTE, _SAMPLE = 256, 1 << 16
+_TASTE, _SAMPLE = 512, 1 << 16
 """Elements that are read in one place, and in all, to find where a threshold must lie."""
 
 Thresholds = Mapping[str, Mapping[str, float]]
@@ -54,19 +54,19 @@ def _kept_from(aligned: TensorSource, finetune: TensorSource, names: Sequence[st
         first, second = (room[: stored.numel()] for room in rooms)
         return torch.sub(widened(finetuned, second), widened(stored, first), out=second)
 
-    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def pairs(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for name in names:
             for start, stop in blocks(aligned.spec(name).numel, CHUNK):
-                chunk = (source.read(name, start, stop).split(BLOCK) for source in (finetune, aligned))  # type: ignore[no-untyped-call]
+                chunk = (source.read(name, start, stop).split(size) for source in (finetune, aligned))  # type: ignore[no-untyped-call]
                 yield from zip(*chunk, strict=True)
 
     def deltas() -> Iterator[torch.Tensor]:
-        return itertools.starmap(delta, pairs())
+        return itertools.starmap(delta, pairs(BLOCK))
 
     def bands(low: np.float32, high: np.float32) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         assert lib is not None
-        room = np.empty(BLOCK, np.float32)
-        for finetuned, stored in pairs():
+        room = np.empty(KERNEL_BLOCK, np.float32)
+        for finetuned, stored in pairs(KERNEL_BLOCK):
             above, inside = between(lib, stored, finetuned, low, high, room)
             yield above, inside.copy()
 
