@@ -251,7 +251,7 @@ def copy_side_files(
     *, model_dir: Path, tokenizer_dir: Path, out_dir: Path, dtype: torch.dtype, fallback_dir: Path | None = None
 ) -> list[str]:
     """Give a directory of weights all that `from_pretrained` wants: config.json (dtype set to the weights'), generation
-    config, tokenizer and chat template.
+    config, tokenizer and chat template; the code of a class of its own.
 
     config and generation config come from `model_dir`, the tokenizer's files all from `tokenizer_dir`; what those lack
     is taken from `fallback_dir` (the aligned model). Files of two tokenizers are never mixed. Returns the names
@@ -265,6 +265,10 @@ def copy_side_files(
     config[dtype_key] = str(dtype).removeprefix("torch.")
     write_json(out_dir / "config.json", config)
     written = ["config.json"]
+    if "auto_map" in config:  # the model's class comes with it; whoever loads it decides whether to trust that
+        for path in sorted(model_dir.glob("*.py")):
+            _copy(path, out_dir)
+            written.append(path.name)
     for source in (model_dir, fallback_dir):
         if source is not None and (source / "generation_config.json").is_file():
             _copy(source / "generation_config.json", out_dir)

@@ -14,7 +14,7 @@ from components.checkpoints.safetensors import SafetensorsSource
 from components.checkpoints.source import TensorSpec, read_whole
 from components.checkpoints.writer import CheckpointWriter, copy_side_files, plan_shards
 from components.errors import CheckpointError, StorageError
-from tests.components.checkpoints.tiny import llama, same_bits, save, save_tokenizer
+from tests.components.checkpoints.tiny import edit_json, llama, same_bits, save, save_tokenizer
 
 
 def _specs(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
@@ -145,6 +145,19 @@ def test_side_files(tmp_path: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(second)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "w3"}], tokenize=False) == "finetune w3"
+
+
+def test_a_class_of_its_own_comes_along(tmp_path: Path) -> None:
+    finetune = save(llama(0), tmp_path / "finetune")
+    save_tokenizer(finetune)
+    (finetune / "modeling_own.py").write_text("class Own: ...\n")
+    named = []
+    for out in (tmp_path / "plain", tmp_path / "own"):
+        named.append(copy_side_files(model_dir=finetune, tokenizer_dir=finetune, out_dir=out, dtype=torch.float16))
+        edit_json(finetune / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    assert "modeling_own.py" not in named[0]
+    assert "modeling_own.py" in named[1]
+    assert (tmp_path / "own" / "modeling_own.py").read_text() == "class Own: ...\n"
 
 
 def test_read_back_by_our_own_source(tmp_path: Path) -> None:
