@@ -57,7 +57,7 @@ def spread(
         yield from _drained(pool, items, processes)
     except BrokenProcessPool as error:
         raise WorkerLostError(
-            "a worker process was killed, most likely by the system for want of memory; "
+            "a worker process was killed: by the system for want of memory, or because a file that it read was cut short; "
             "run the same command again with fewer processes, it goes on where it stopped"
         ) from error
     finally:
