@@ -22,6 +22,7 @@ from typing import Any, Literal, TypedDict
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from components.errors import RealignError, StorageError, error_payload
+from components.leases import Claim
 from components.records import Record, fingerprint, hash_outputs, parent_fingerprint
 from components.storage import Attempt, Workspace, storage_errors
 
@@ -99,6 +100,23 @@ class StageContext:
     workspace: Workspace
     attempt: Attempt
     parents: dict[str, Record]
+
+    def to_plain(self) -> dict[str, Any]:
+        """What another process of the same attempt needs to stand where this one stands, as JSON."""
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "out": str(self.attempt.out),
+            "state": str(self.attempt.state),
+            "lease": [str(self.attempt.lease.path), self.attempt.lease.owner],
+        }
+
+    @staticmethod
+    def of_plain(plain: dict[str, Any]) -> StageContext:
+        """The context that `to_plain` told of, in another process."""
+        spec, (lease, owner) = StageSpec(**plain["spec"]), plain["lease"]
+        workspace = Workspace(Path(spec.workspace))
+        attempt = Attempt(out=Path(plain["out"]), state=Path(plain["state"]), lease=Claim(Path(lease), owner))
+        return StageContext(spec, workspace, attempt, parents_of(spec, workspace))
 
     @property
     def out(self) -> Path:

@@ -11,11 +11,10 @@ from typing import Any
 
 from components import errors
 from components.errors import RealignError, error_payload
-from components.leases import Claim
 from components.masks.zero import MaskExecution
-from components.storage import Attempt, Workspace, write_atomic
+from components.storage import write_atomic
 from ray_jobs.deepspeed_engine import sharded
-from ray_jobs.stage import StageContext, StageSpec, parents_of
+from ray_jobs.stage import StageContext
 
 _ENDED = "rank-{}-ended.json"
 _TOGETHER_SECONDS = 10.0
@@ -37,7 +36,7 @@ def train_on_ranks(context: StageContext, execution: MaskExecution) -> dict[str,
     threads = int(context.spec.execution.get("threads", 1))
     trainer = TorchTrainer(
         _rank,
-        train_loop_config=_given(context),
+        train_loop_config=context.to_plain(),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=execution.ranks,
@@ -72,35 +71,21 @@ def _raise_told(state: Path) -> None:
         raise getattr(errors, told["type"])(told["message"])
 
 
-def _given(context: StageContext) -> dict[str, Any]:
-    """What a rank needs to stand where the stage stands, as plain values."""
-    attempt = context.attempt
-    return {
-        "spec": context.spec.model_dump(mode="json"),
-        "out": str(attempt.out),
-        "state": str(attempt.state),
-        "lease": [str(attempt.lease.path), attempt.lease.owner],
-    }
-
-
 def _rank(given: dict[str, Any]) -> None:
     """One rank's whole life. What a user must mend is told to the stage, not raised: it would be tried again."""
     import torch
     from ray.train import get_context
 
     rank, world = get_context().get_world_rank(), get_context().get_world_size()
-    spec = StageSpec(**given["spec"])
-    path, owner = given["lease"]
-    attempt = Attempt(out=Path(given["out"]), state=Path(given["state"]), lease=Claim(Path(path), owner))
-    workspace = Workspace(Path(spec.workspace))
-    context = StageContext(spec, workspace, attempt, parents_of(spec, workspace))
+    context = StageContext.of_plain(given)
+    attempt = context.attempt
     from ray_jobs.train_mask import execution_of, train
 
     execution = execution_of(context)
     if _told(attempt.state):
         raise RuntimeError("a rank has failed for good")
     os.environ["DS_ACCELERATOR"] = execution.device  # the driver's own says cpu
-    torch.set_num_threads(int(spec.execution.get("threads", 1)))
+    torch.set_num_threads(int(context.spec.execution.get("threads", 1)))
     torch.use_deterministic_algorithms(True)
     device = torch.device("cuda", torch.cuda.current_device()) if execution.device == "cuda" else "cpu"
     try:

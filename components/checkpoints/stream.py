@@ -7,7 +7,7 @@ are and however often it began anew.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ Put = Callable[[int, torch.Tensor], None]
 """(start, values): where in the tensor, and a 1-D slice in its dtype."""
 Work = Callable[[str, int, int, Put], dict[str, Any]]
 """(tensor, start, stop, put): makes elements [start, stop) and puts all of them; what it returns is kept with the part."""
+
+Elsewhere = Callable[[Sequence[Part]], Iterator[tuple[Part, dict[str, Any]]]]
+"""Makes parts where the same files are seen, by `write_parts`, and gives each with what was said of it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def stream(
     journal: Journal | None = None,
     durable: bool = True,
     progress: Progress | None = None,
+    elsewhere: Elsewhere | None = None,
     **options: Any,
 ) -> Written:
     """Write safetensors files into `out_dir`.
@@ -74,6 +78,7 @@ def stream(
         journal: keeps what is done. What it holds already is not made again; the files must then be there.
         durable: wait until all of it would survive a power cut.
         progress: called about twice a second with {"tensor", "bytes", "total_bytes", "gb_per_s", "seconds_left"}.
+        elsewhere: has the parts made by others, in place of `processes` here.
         options: the writer's.
 
     Raises what `work` raises, StorageError (disk full or not writable), WorkerLostError.
@@ -90,12 +95,8 @@ def stream(
         for part in done:
             writer.mark(*part)
 
-        def make(part: Part) -> dict[str, Any]:
-            name, low, high = part
-            return_freed_memory(QUICK)  # a block's temporaries come and go by the thousand
-            return work(name, low, high, lambda start, values: writer.put(name, start, values))
-
-        for part, note in spread(make, parts, processes=processes):
+        answers = spread(_maker(writer, work), parts, processes=processes) if elsewhere is None else elsewhere(parts)
+        for part, note in answers:
             writer.mark(*part)
             done[part] = note
             if journal:
@@ -103,6 +104,24 @@ def stream(
             meter.add(part)
         files = [f.name for f in writer.finish(durable=durable)]
     return meter.written(files, done)
+
+
+def write_parts(
+    out_dir: Path, specs: Mapping[str, TensorSpec], work: Work, parts: Sequence[Part], **options: Any
+) -> list[tuple[Part, dict[str, Any]]]:
+    """Make some of the parts of files that `stream` has begun in another process, with the same specs and options."""
+    with CheckpointWriter(out_dir, specs, resume=True, **options) as writer:
+        make = _maker(writer, work)
+        return [(part, make(part)) for part in parts]
+
+
+def _maker(writer: CheckpointWriter, work: Work) -> Callable[[Part], dict[str, Any]]:
+    def make(part: Part) -> dict[str, Any]:
+        name, low, high = part
+        return_freed_memory(QUICK)  # a block's temporaries come and go by the thousand
+        return work(name, low, high, lambda start, values: writer.put(name, start, values))
+
+    return make
 
 
 class _Meter:

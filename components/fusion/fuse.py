@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from components.checkpoints.adapter_files import copy_adapter_files
 from components.checkpoints.adapter_parsing import ADAPTER_WEIGHTS
 from components.checkpoints.compare import require_compatible
 from components.checkpoints.factors import FactorSource
+from components.checkpoints.journal import Part
 from components.checkpoints.reference import Checkpoint
-from components.checkpoints.source import TensorSource
-from components.checkpoints.stream import Put, Written, stream
+from components.checkpoints.source import TensorSource, TensorSpec
+from components.checkpoints.stream import Elsewhere, Put, Work, Written, stream, write_parts
 from components.checkpoints.writer import copy_side_files
 from components.fusion.fused import BLOCK, FusedBlock, FusedSource, one_thread
 from components.fusion.inputs import Mask
@@ -24,6 +26,8 @@ from components.fusion.methods import method_named
 from components.fusion.settings import FusionSettings
 from components.storage import Progress
 
+FuseElsewhere = Callable[[FusionSettings, Sequence[Part]], Iterator[tuple[Part, dict[str, Any]]]]
+"""Has parts made by others with `fuse_parts` and these settings, which leave nothing to be decided."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -108,6 +112,7 @@ def fuse_checkpoint(
     safe: Checkpoint | None = None,
     block: int = BLOCK,
     processes: int = 1,
+    elsewhere: FuseElsewhere | None = None,
     progress: Progress | None = None,
 ) -> FuseReport:
     """Write the fused model: weights, config, generation config, tokenizer, chat template; ready for `from_pretrained`. Of two
@@ -125,28 +130,18 @@ def fuse_checkpoint(
         mask: the trained mask, for `masked` and `random_mask`.
         block: elements worked on at once.
         processes: how many write side by side; the bytes are the same.
+        elsewhere: has the parts made by others with `fuse_parts`, in place of `processes` here.
         progress: called about twice a second with {"tensor", "bytes", "total_bytes", "gb_per_s", "seconds_left"}.
 
     Raises CheckpointError (all misfits at once; the tensor and index of a NaN), ConfigError (input of the method
     missing), StorageError (disk full or not writable).
     """
-    method = method_named(settings.method)
-    used_unaligned = unaligned if method.needs_unaligned else None
-    used_safe = safe if method.takes_safe else None
-    for other in (finetune, used_unaligned, used_safe):
-        if other is not None:
-            require_compatible(aligned, other)
-    source = FusedSource(
-        aligned=aligned.source,
-        finetune=finetune.source,
-        settings=settings,
-        mask=mask,
-        unaligned=used_unaligned.source if used_unaligned else None,
-        safe=used_safe.source if used_safe else None,
-    )
-    source.settled(processes)  # what takes a look at all tensors, before there are several processes
-    inputs = [c.source for c in (aligned, finetune, used_unaligned, used_safe) if c is not None]
-    counts, written = _write(source, inputs, out_dir, block, processes, progress)
+    source, inputs = _opened(aligned, finetune, settings, mask, unaligned, safe)
+    settled = source.settled(processes)  # what takes a look at all tensors, before there are several processes
+    counts, written = _write(
+        source, inputs, out_dir, block=block, processes=processes, progress=progress,
+        elsewhere=functools.partial(elsewhere, settled) if elsewhere else None,
+    )  # fmt: skip
     files = list(written.files)
     if isinstance(aligned.source, FactorSource):
         files += copy_adapter_files(aligned, out_dir, tokenizer_dir=finetune.tokenizer_dir)
@@ -168,37 +163,96 @@ def fuse_checkpoint(
     return _summed(report, source)
 
 
-def _write(
-    source: FusedSource,
-    inputs: Sequence[TensorSource],
+def fuse_parts(
+    parts: Sequence[Part],
+    *,
+    aligned: Checkpoint,
+    finetune: Checkpoint,
+    settings: FusionSettings,
     out_dir: Path,
-    block: int,
-    processes: int,
-    progress: Progress | None,
-) -> tuple[dict[str, TensorCounts], Written]:
-    """Write the weights, counting as they are made."""
-    counts = {n: TensorCounts(source.spec(n).numel, _short(source.spec(n).dtype)) for n in source.names()}
+    mask: Mask | None = None,
+    unaligned: Checkpoint | None = None,
+    safe: Checkpoint | None = None,
+    block: int = BLOCK,
+) -> list[tuple[Part, dict[str, Any]]]:
+    """Some parts of a model that another process writes with `fuse_checkpoint`, by the settings that it gave."""
+    source, _ = _opened(aligned, finetune, settings, mask, unaligned, safe)
+    return write_parts(out_dir, _specs(source), _counting(source, block), parts, **_options(source))
+
+
+def _opened(
+    aligned: Checkpoint,
+    finetune: Checkpoint,
+    settings: FusionSettings,
+    mask: Mask | None,
+    unaligned: Checkpoint | None,
+    safe: Checkpoint | None,
+) -> tuple[FusedSource, list[TensorSource]]:
+    """The fused model, and the models that are read for it."""
+    method = method_named(settings.method)
+    used_unaligned = unaligned if method.needs_unaligned else None
+    used_safe = safe if method.takes_safe else None
+    for other in (finetune, used_unaligned, used_safe):
+        if other is not None:
+            require_compatible(aligned, other)
+    source = FusedSource(
+        aligned=aligned.source,
+        finetune=finetune.source,
+        settings=settings,
+        mask=mask,
+        unaligned=used_unaligned.source if used_unaligned else None,
+        safe=used_safe.source if used_safe else None,
+    )
+    return source, [c.source for c in (aligned, finetune, used_unaligned, used_safe) if c is not None]
+
+
+def _specs(source: FusedSource) -> dict[str, TensorSpec]:
+    return {name: source.spec(name) for name in source.names()}
+
+
+def _options(source: FusedSource) -> dict[str, Any]:
+    """The writer's."""
+    if isinstance(source.aligned, FactorSource):
+        return {"single_file": ADAPTER_WEIGHTS}
+    return {"max_shard_bytes": source.settings.max_shard_bytes}
+
+
+def _counting(source: FusedSource, block: int) -> Work:
+    """Makes a part, counting as it is made."""
 
     def work(name: str, start: int, stop: int, put: Put) -> dict[str, Any]:
-        part = TensorCounts(stop - start, counts[name].dtype)
+        part = TensorCounts(stop - start, _short(source.spec(name).dtype))
         with one_thread():
             for b in source.blocks(name, block, start, stop):
                 part.add(b)
                 put(b.start, b.values)
         return part.note()
 
-    options: dict[str, Any] = {"max_shard_bytes": source.settings.max_shard_bytes}
-    if isinstance(source.aligned, FactorSource):
-        options = {"single_file": ADAPTER_WEIGHTS}
+    return work
+
+
+def _write(
+    source: FusedSource,
+    inputs: Sequence[TensorSource],
+    out_dir: Path,
+    *,
+    block: int,
+    processes: int,
+    elsewhere: Elsewhere | None,
+    progress: Progress | None,
+) -> tuple[dict[str, TensorCounts], Written]:
+    """Write the weights; what was counted by tensor."""
+    counts = {n: TensorCounts(source.spec(n).numel, _short(source.spec(n).dtype)) for n in source.names()}
     written = stream(
         out_dir,
-        {name: source.spec(name) for name in source.names()},
-        work,
+        _specs(source),
+        _counting(source, block),
         processes=processes,
         whole=source.method.whole_tensors,
         read=lambda name: sum(i.spec(name).dtype.itemsize for i in inputs),
+        elsewhere=elsewhere,
         progress=progress,
-        **options,
+        **_options(source),
     )
     for (name, _, _), note in written.notes.items():
         counts[name].include(note)
