@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from components.checkpoints.compare import compare_tensors
+from components.checkpoints.compare import compare_tensors, same_bits
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, ConfigError, listed
 from components.fusion.finite import refuse_not_finite
 from components.fusion.inputs import Block, Kernel, Mask, TensorInputs
-from components.fusion.merging import MergedSource, same_bits
+from components.fusion.merging import MergedSource
 from components.fusion.methods import method_named
 from components.fusion.restoration import Lineage
 from components.fusion.rounding import to_bf16_stochastic

@@ -101,9 +101,9 @@ class MergeKernel:
         return float(self._sums.sum())
 
 
-def knows(*slices: torch.Tensor) -> bool:
-    """Whether the kernels take these: bf16 or fp32 in one piece of memory."""
-    return all(one.dtype in _TYPES and one.is_contiguous() for one in slices)
+def knows(values: torch.Tensor) -> bool:
+    """Whether the kernels take it: bf16 or fp32 in one piece of memory."""
+    return values.dtype in _TYPES and values.is_contiguous()
 
 
 def between(

@@ -30,11 +30,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from components.checkpoints.compare import compare_tensors
+from components.checkpoints.compare import compare_tensors, same_bits
 from components.checkpoints.safetensors import SafetensorsSource
 from components.checkpoints.source import TensorSource, TensorSpec, blocks
 from components.errors import CheckpointError, ConfigError, listed
@@ -59,7 +57,6 @@ from components.mapped import drop
 
 _DROPS = ("dare", "dare_ties")
 """Leave elements out by chance: what is not finite may not show in the sum. What TIES trims is small."""
-_PEEK = 1024
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,11 @@ class _Desk:
     out: torch.Tensor
     """A block of the result."""
     rooms: Sequence[torch.Tensor]
-    """A block in fp32 for the aligned model and for each finetune."""
+    """A block in fp32 for each finetune, the aligned model and one more."""
     draws: Mapping[str, Draws]
     """By finetune, what decides which elements are dropped; none where none are."""
     kernel: MergeKernel | None
-    """Where it was compiled: needs no rooms."""
+    """Where it was compiled: needs rooms for what it does not know alone."""
 
     def fit(self, numel: int) -> _Desk:
         """With so much room in each place."""
@@ -162,7 +159,9 @@ class MergedSource:
         sources = [self._aligned, *self._finetunes.values()]
         kernel = self._kernel(name)
         size = min(BLOCK if kernel is None else KERNEL_BLOCK, stop - start)
-        desk = _Desk(torch.empty(size, dtype=dtype), [torch.empty(size) for _ in sources], self._draws(name), kernel)
+        desk = _Desk(
+            torch.empty(size, dtype=dtype), [torch.empty(size) for _ in (*sources, None)], self._draws(name), kernel
+        )
         for low, high in blocks(stop - start, CHUNK):
             # Once a chunk, not once a block: to ask costs as much as a pass over a small block.
             chunk = [source.read(name, start + low, start + high).split(size) for source in sources]  # type: ignore[no-untyped-call]
@@ -183,12 +182,14 @@ class MergedSource:
                 if not torch.equal(stored, values):
                     raise CheckpointError(f"{name} holds integers that differ in {whose}; they cannot be merged")
             return stored
-        if desk.kernel is not None and knows(stored, *tuned, desk.out):
+        if desk.kernel is not None:
             keys = [draws.keys(start, stored.numel()) for draws in desk.draws.values()] or None
-            total = desk.kernel(stored, tuned, desk.out, start=start, keys=keys)
-            self._require_finite(name, start, total, stored, tuned)
-            return desk.out
-        room, *rooms = desk.rooms
+            spare = iter(desk.rooms)
+            base, *others = (one if knows(one) else next(spare).copy_(one) for one in (stored, *tuned))
+            out = desk.out if knows(desk.out) else next(spare)
+            self._require_finite(name, start, desk.kernel(base, others, out, start=start, keys=keys), stored, tuned)
+            return out if out is desk.out else desk.out.copy_(out)
+        room, *rooms = desk.rooms[:-1]
         aligned = widened(stored, room)
         if self._settings.method == "slerp":
             merged = self._slerp(name, aligned, [widened(one, room) for one, room in zip(tuned, rooms, strict=True)])
@@ -285,20 +286,3 @@ class MergedSource:
                 t=0.0 if place is None else place,
             )
         return self._factors[name]
-
-
-def same_bits(one: TensorSource, other: TensorSource, name: str, start: int, stop: int) -> bool:
-    """Whether two sources hold the same there, in the same dtype. A few elements tell mostly that they do not."""
-    if one.spec(name).dtype != other.spec(name).dtype:
-        return False
-    for low, high in (*blocks(min(stop - start, _PEEK), _PEEK), *blocks(stop - start, BLOCK)):
-        a, b = (source.read(name, start + low, start + high) for source in (one, other))
-        # Bytes, because a NaN is no number's equal and zeros have signs; numpy's, which stop being slow at eight at a time.
-        if not np.array_equal(_words(a), _words(b)):
-            return False
-    return True
-
-
-def _words(values: torch.Tensor) -> npt.NDArray[np.generic]:
-    raw: npt.NDArray[np.generic] = values.view(torch.uint8).numpy()
-    return raw.view(np.uint64) if raw.size % 8 == 0 and raw.ctypes.data % 8 == 0 else raw

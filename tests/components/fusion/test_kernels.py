@@ -31,7 +31,11 @@ MERGES = {
     "dare of some": {"method": "dare", "density": 0.5, "densities": {"a": {"*": 1.0}}, "weights": {"b": 0.4}},
     "dare_ties": {"density": 0.37, "scale": 2.0},
 }
-DTYPES = {"bf16": [torch.bfloat16] * 4, "mixed": [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]}
+DTYPES = {
+    "bf16": [torch.bfloat16] * 4,
+    "mixed": [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32],
+    "half": [torch.float16, torch.float16, torch.bfloat16, torch.float64],
+}
 
 
 @pytest.fixture
