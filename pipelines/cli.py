@@ -262,8 +262,9 @@ def main() -> None:
     except SystemExit as end:
         if sys.argv[1:2] == ["fuse"] and not end.code:
             # Nothing of it is left running, and to take torch's modules apart takes a third as long as to load them.
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
             os._exit(0)
         raise
 

@@ -17,7 +17,7 @@ from components.records import Record
 from ray_jobs.models import checkpoint
 from ray_jobs.stage import Outcome, StageContext
 
-_MODEL = "model"
+_MODEL, _LOOK_S = "model", 5.0
 _BATCH = 32
 """Parts of one Ray task, half a gigabyte of bf16: opening the models again costs little beside it."""
 
@@ -69,7 +69,7 @@ def _on_all_nodes(
     pending = [task.remote(plain, described, list(parts[low:high])) for low, high in blocks(len(parts), _BATCH)]
     try:
         while pending:
-            ready, pending = ray.wait(pending)
+            ready, pending = ray.wait(pending, timeout=_LOOK_S)
             for answer in ray.get(ready):
                 if isinstance(answer, dict):
                     raise getattr(errors, answer["type"])(answer["message"])
@@ -84,8 +84,9 @@ def _make_parts(
     plain: dict[str, Any], settings: str, parts: list[Part]
 ) -> list[tuple[Part, dict[str, Any]]] | dict[str, str]:
     """In a task; what the user must mend is told, not raised, for Ray would wrap it."""
-    context = StageContext.of_plain(plain)
     try:
+        context = StageContext.of_plain(plain)
+        context.attempt.keep_going()
         return fuse_parts(
             parts,
             **_inputs(context),

@@ -1,11 +1,15 @@
 """`python -m ray_jobs.main SPEC.json`: run one stage, print its answer as the last line.
 
+In a job of a Ray cluster (RAY_ADDRESS is set) a fused model is written by all its nodes.
+
 Exit status: 0 done, 2 failed by what the user gave (the answer says what), 1 a fault that a retry may mend.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +27,12 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValidationError) as e:
         sys.stderr.write(f"realign: {arguments[0]} is not a stage spec: {e}\n")
         return 2
+    if spec.stage == "fuse" and os.environ.get("RAY_ADDRESS"):  # a job of a cluster: its nodes take part
+        import ray
+
+        on_terminate = signal.getsignal(signal.SIGTERM)
+        ray.init(address="auto", log_to_driver=False, ignore_reinit_error=True)
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own prints a stack and aborts
     answer = run_stage(spec)
     sys.stdout.write(json.dumps(answer) + "\n")
     return 0 if answer["status"] == "done" else 2

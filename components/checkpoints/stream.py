@@ -110,9 +110,11 @@ def write_parts(
     out_dir: Path, specs: Mapping[str, TensorSpec], work: Work, parts: Sequence[Part], **options: Any
 ) -> list[tuple[Part, dict[str, Any]]]:
     """Make some of the parts of files that `stream` has begun in another process, with the same specs and options."""
-    with CheckpointWriter(out_dir, specs, resume=True, **options) as writer:
+    with CheckpointWriter(out_dir, specs, join=True, **options) as writer:
         make = _maker(writer, work)
-        return [(part, make(part)) for part in parts]
+        made = [(part, make(part)) for part in parts]
+        writer.sync()  # here: another machine cannot do it
+        return made
 
 
 def _maker(writer: CheckpointWriter, work: Work) -> Callable[[Part], dict[str, Any]]:

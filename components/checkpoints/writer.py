@@ -86,6 +86,7 @@ class CheckpointWriter:
         max_shard_bytes: files hold at most this much (a larger tensor has a file of its own).
         single_file: the name of the one file that takes everything, instead of shards.
         resume: go on with the files that a writer of the same specs left; say with `mark` what of them is written.
+        join: only `put` into the files of a writer that is at work in another process, perhaps on another machine.
 
     Forked processes may `put` into the files that their parent's writer opened, and the parent `mark` it.
 
@@ -100,6 +101,7 @@ class CheckpointWriter:
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         single_file: str | None = None,
         resume: bool = False,
+        join: bool = False,
     ) -> None:
         odd = [f"{n} ({s.dtype})" for n, s in sorted(specs.items()) if s.dtype not in DTYPE_CODES]
         if odd:
@@ -114,7 +116,7 @@ class CheckpointWriter:
         self._shards: list[_Shard] = []
         self._of: dict[str, _Shard] = {}
         try:
-            self._create(resume)
+            self._create(resume or join, join)
         except OSError as error:
             self.close()
             raise StorageError(f"{out_dir}: cannot be written ({error.strerror or error})") from error
@@ -171,6 +173,11 @@ class CheckpointWriter:
             self.close()
         return paths
 
+    def sync(self) -> None:
+        """Wait until what was put would survive a power cut."""
+        for shard in self._shards:
+            os.fsync(shard.fd)
+
     def close(self) -> None:
         """Close the files without any check (after an error; `finish` calls it too)."""
         for shard in self._shards:
@@ -186,14 +193,9 @@ class CheckpointWriter:
     ) -> None:
         self.close()
 
-    def _create(self, resume: bool) -> None:
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.out_dir).free
-        there = sum(_taken(self.out_dir / file_name) for file_name in self._plan) if resume else 0
-        if free + there < self.nbytes:
-            raise StorageError(
-                f"{self.out_dir}: the disk has {free / 1e9:.3g} GB left, the model needs {(self.nbytes - there) / 1e9:.3g} GB"
-            )
+    def _create(self, resume: bool, join: bool) -> None:
+        if not join:
+            self._require_room(resume)
         for file_name, names in self._plan.items():
             raw, header = layout({n: self._specs[n] for n in names}, METADATA)
             path = self.out_dir / file_name
@@ -201,8 +203,18 @@ class CheckpointWriter:
             shard = _Shard(path=path, header=header, fd=fd)
             self._shards.append(shard)
             self._of.update(dict.fromkeys(names, shard))
-            os.ftruncate(fd, header.end)
-            self._pwrite(shard, memoryview(raw), 0)
+            if not join:
+                os.ftruncate(fd, header.end)
+                self._pwrite(shard, memoryview(raw), 0)
+
+    def _require_room(self, resume: bool) -> None:
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.out_dir).free
+        there = sum(_taken(self.out_dir / file_name) for file_name in self._plan) if resume else 0
+        if free + there < self.nbytes:
+            raise StorageError(
+                f"{self.out_dir}: the disk has {free / 1e9:.3g} GB left, the model needs {(self.nbytes - there) / 1e9:.3g} GB"
+            )
 
     def _pwrite(self, shard: _Shard, view: memoryview, offset: int) -> None:
         done = 0

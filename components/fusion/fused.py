@@ -113,6 +113,7 @@ class FusedSource:
     def values(self, name: str, size: int, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Elements [start, stop) alone, in slices: where each begins, and its values. Those of a merge that nothing is done to
         are made in the merge's own pieces."""
+        name = self.aliases().get(name, name)
         merge, settings = self.finetune, self.settings
         if not isinstance(merge, MergedSource) or (settings.method, settings.alpha) != ("interpolation", 1.0):
             yield from ((block.start, block.values) for block in self.blocks(name, size, start, stop))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from components.checkpoints.journal import Journal
 from components.checkpoints.stream import Put, Written, part_size, stream
 from components.checkpoints.writer import write_json
 from components.errors import StorageError
-from components.fusion.making import Fused, Making, make_part
+from components.fusion.making import Fused, Making, code_fingerprint, make_part
 from components.fusion.recipe import Recipe
 from components.records import RECORD_FILE
 from components.storage import Progress, storage_errors, sync
@@ -95,7 +94,7 @@ def _require_place(out: Path, making: Making) -> None:
 def _made(making: Making, partial: Path, processes: int, durable: bool, progress: Progress | None) -> dict[str, Any]:
     """Everything but the record, whole, in `partial`/model."""
     model = partial / "model"
-    plan = {**making.plan, "part": part_size(), "code": _code()}
+    plan = {**making.plan, "part": part_size(), "code": code_fingerprint()}
     with Journal(partial / _JOURNAL, plan) as journal:
         if not model.is_dir():
             journal.restart()
@@ -135,15 +134,6 @@ def _unchanged(written: Written) -> list[str]:
     for (name, _, _), note in written.notes.items():
         parts.setdefault(name, []).append(bool(note.get("unchanged")))
     return [name for name, same in parts.items() if all(same)]
-
-
-def _code() -> str:
-    """Another code or torch may round otherwise: what it began is not gone on with."""
-    root = Path(__file__).resolve().parents[1]
-    found = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(root.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:20]
 
 
 def _require_room(making: Making, partial: Path, model: Path) -> None:

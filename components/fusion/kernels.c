@@ -8,12 +8,21 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 3
+#define VERSION 4
 #define LANES 1024
 #define HASH_BLOCK 65536
+#define KEEP_ALL 65536
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+/* Levels of x86-64 are known as clones to GCC 12 and Clang 18 and later. */
+#if defined(__clang__)
+#define KNOWS_LEVELS (__clang_major__ >= 18)
+#else
+#define KNOWS_LEVELS (__GNUC__ >= 12)
+#endif
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && KNOWS_LEVELS
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+#define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FOR_EACH_CPU
 #endif
@@ -124,7 +133,7 @@ INLINE void elect(float (*restrict rows)[LANES], int32_t count, const float *wei
 /* out = aligned + scale · merge of (tuned_t − aligned), `numel` elements.
  *
  * types: of aligned, of each tuned, of out. keys: NULL, or of each stream of draws; `start` is where in the tensor the slice
- * begins. Kept is what is drawn below limits[t], and divided by keeps[t] (nothing is done where limits[t] is above 32767). below: |τ| up to it is trimmed, negative for none. signs: 0 a weighted
+ * begins. Kept is what is drawn below limits[t], and divided by keeps[t] (nothing is done where limits[t] is KEEP_ALL). below: |τ| up to it is trimmed, negative for none. signs: 0 a weighted
  * sum, 1 TIES' sum, 2 TIES' mean. rows: room for count × LANES floats. sums: of each τ before anything is dropped (with
  * draws), last of the result, for the caller to see whether all is finite.
  */
@@ -144,7 +153,7 @@ void realign_merge(int64_t numel, int32_t count, const void *aligned, const void
             if (keys) {
                 int16_t drawn[LANES];
                 sums[t] += seen(delta, n);
-                if (limits[t] <= 32767) {
+                if (limits[t] != KEEP_ALL) {
                     draw(keys[t], start, start + at, n, drawn);
                     drop(delta, drawn, limits[t], keeps[t], n);
                 }

@@ -155,6 +155,8 @@ class MergedSource:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Elements [start, stop) piece by piece, rounded to `dtype`: where each begins, and its values, which the next one
         overwrites. Tensors of integers stay what they are."""
+        if start == stop:
+            return
         name = self.aliases().get(name, name)
         sources = [self._aligned, *self._finetunes.values()]
         kernel = self._kernel(name)
@@ -187,19 +189,23 @@ class MergedSource:
             spare = iter(desk.rooms)
             base, *others = (one if knows(one) else next(spare).copy_(one) for one in (stored, *tuned))
             out = desk.out if knows(desk.out) else next(spare)
-            self._require_finite(name, start, desk.kernel(base, others, out, start=start, keys=keys), stored, tuned)
+            total = desk.kernel(base, others, out, start=start, keys=keys)
+            self._require_finite(name, start, total, stored, tuned, out)
             return out if out is desk.out else desk.out.copy_(out)
         room, *rooms = desk.rooms[:-1]
         aligned = widened(stored, room)
         if self._settings.method == "slerp":
-            merged = self._slerp(name, aligned, [widened(one, room) for one, room in zip(tuned, rooms, strict=True)])
+            models = [widened(one, room) for one, room in zip(tuned, rooms, strict=True)]
+            merged = self._slerp(name, aligned, models)
+            # Also those that t gives no part.
+            self._require_finite(name, start, sum(float(one.sum()) for one in (aligned, *models)), stored, tuned)
         else:
             deltas = self._deltas(name, start, stored, aligned, tuned, rooms, desk.draws)
             merged, scale = self._merge(name, deltas), self._numbers(name).scale
             if scale != 1:
                 merged.mul_(scale)
             merged.add_(aligned)
-        self._require_finite(name, start, float(merged.sum()), stored, tuned)
+        self._require_finite(name, start, float(merged.sum()), stored, tuned, merged)
         return merged if desk.out.dtype == torch.float32 else desk.out.copy_(merged)
 
     def _deltas(
@@ -226,12 +232,20 @@ class MergedSource:
         return deltas
 
     def _require_finite(
-        self, name: str, start: int, total: float, stored: torch.Tensor, tuned: Sequence[torch.Tensor]
+        self,
+        name: str,
+        start: int,
+        total: float,
+        stored: torch.Tensor,
+        tuned: Sequence[torch.Tensor],
+        merged: torch.Tensor | None = None,
     ) -> None:
         """A sum tells, and hardly costs."""
         if not math.isfinite(total):
-            slices = dict(zip(self._finetunes, tuned, strict=True))
-            refuse_not_finite(name, self.spec(name).shape, start, {**slices, "aligned": stored})
+            slices = {**dict(zip(self._finetunes, tuned, strict=True)), "aligned": stored}
+            refuse_not_finite(
+                name, self.spec(name).shape, start, slices if merged is None else {**slices, "fused": merged}
+            )
 
     def _merge(self, name: str, deltas: list[torch.Tensor]) -> torch.Tensor:
         settings, weights = self._settings, self._numbers(name).weights

@@ -21,7 +21,7 @@ from components.checkpoints.uploads import Written
 from components.checkpoints.writer import plan_shards
 from components.errors import StorageError
 from components.fusion.fused import FusedSource
-from components.fusion.making import Fused, Making, make_part
+from components.fusion.making import Fused, Making, code_fingerprint, make_part
 from components.fusion.recipe import Recipe
 from components.storage import Progress
 from components.workers import spread
@@ -35,7 +35,7 @@ def fuse_to_store(
     began = time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     making = Making.of(recipe)
-    output = open_output(url, job=making.fingerprint)
+    output = open_output(url, job=f"{making.fingerprint}-{code_fingerprint()}")
     there = _published(output, making, overwrite)
     if there is not None:
         output.tidy()

@@ -65,8 +65,12 @@ def _kept_from(aligned: TensorSource, finetune: TensorSource, names: Sequence[st
 
     def bands(low: np.float32, high: np.float32) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         assert lib is not None
-        room = np.empty(KERNEL_BLOCK, np.float32)
-        for finetuned, stored in pairs(KERNEL_BLOCK):
+        room, wide = np.empty(KERNEL_BLOCK, np.float32), torch.empty(2, KERNEL_BLOCK)
+        for pair in pairs(KERNEL_BLOCK):
+            known = (
+                one if knows(one) else space[: one.numel()].copy_(one) for one, space in zip(pair, wide, strict=True)
+            )
+            finetuned, stored = known
             above, inside = between(lib, stored, finetuned, low, high, room)
             yield above, inside.copy()
 
@@ -79,5 +83,5 @@ def _kept_from(aligned: TensorSource, finetune: TensorSource, names: Sequence[st
         for start in range(0, size, step)
     ]
     k = max(1, round(share * numel))
-    lib = library() if all(knows(source.read(names[0], 0, 1)) for source in (finetune, aligned)) else None
+    lib = library()
     return kth_largest_magnitude(deltas, k, numel=numel, sample=torch.cat(tastes), bands=bands if lib else None)

@@ -24,17 +24,17 @@ import ray
 from ray.cluster_utils import Cluster
 from components.checkpoints import stream
 from ray_jobs import fuse
-from ray_jobs.stage import StageSpec, run_stage
+from ray_jobs.main import main
 
 def nobody_here(*_, **__):
     raise AssertionError("parts are made in tasks")
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 cluster.add_node(num_cpus=1)
-ray.init(address=cluster.address, log_to_driver=False)
+os.environ["RAY_ADDRESS"] = cluster.address
 stream.spread, stream.PART, fuse._BATCH = nobody_here, 1000, 5
-answers = [run_stage(StageSpec(**spec)) for spec in json.load(open(sys.argv[1]))]
-print(json.dumps({"nodes": fuse._nodes(), "answers": [(one["status"], one.get("error")) for one in answers]}))
+codes = [main([spec]) for spec in sys.argv[1:]]
+print(json.dumps({"nodes": fuse._nodes(), "codes": codes}))
 ray.shutdown()
 cluster.shutdown()
 """
@@ -85,17 +85,16 @@ def test_two_nodes_write_the_model_of_one_process(tmp_path: Path) -> None:
     rewrite(broken / "model.safetensors", **{name: bad})
     together = [spec(tmp_path / "together", models, fusion) for fusion in fusions]
     together.append(spec(tmp_path / "together", {**models, "load": broken}, {"method": "interpolation", "alpha": 0.25}))
-    (tmp_path / "specs.json").write_text(json.dumps([one.model_dump() for one in together]))
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "specs.json")], capture_output=True, text=True, timeout=300
-    )
+    files = []
+    for i, one in enumerate(together):
+        files.append(tmp_path / f"spec-{i}.json")
+        files[-1].write_text(one.model_dump_json())
+    done = subprocess.run([sys.executable, "-c", DRIVER, *files], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["nodes"] == 2
-    statuses = [status for status, _ in seen["answers"]]
-    assert statuses == ["done", "done", "failed"], seen
-    assert seen["answers"][2][1]["type"] == "CheckpointError"
-    assert f"{name}[1, 2] is nan" in seen["answers"][2][1]["message"]
+    *answers, seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert seen == {"nodes": 2, "codes": [0, 0, 2]}, answers
+    assert answers[2]["error"]["type"] == "CheckpointError"
+    assert f"{name}[1, 2] is nan" in answers[2]["error"]["message"]
     for one, other in zip(alone, together, strict=False):
         first, second = (Workspace(Path(s.workspace)).result_dir("fuse", s.fingerprint) for s in (one, other))
         for file in ("model/model.safetensors", "model/config.json", "fusion.json"):

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from components.errors import CheckpointError
 from components.fusion import kernels
+from components.fusion.fused import FusedSource
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.merging import MergedSource
+from components.fusion.settings import FusionSettings
 from components.fusion.trimming import find_thresholds
 from components.masks.concrete import BLOCK as HASH_BLOCK
 from tests.components.checkpoints.tiny import MemorySource
@@ -30,6 +32,7 @@ MERGES = {
     "dare": {"density": 0.8, "seed": 3},
     "dare of some": {"method": "dare", "density": 0.5, "densities": {"a": {"*": 1.0}}, "weights": {"b": 0.4}},
     "dare_ties": {"density": 0.37, "scale": 2.0},
+    "dare of nearly all": {"method": "dare", "density": 0.999995},
 }
 DTYPES = {
     "bf16": [torch.bfloat16] * 4,
@@ -120,6 +123,36 @@ def test_what_is_not_finite_is_found_wherever_it_is(name: str, value: float) -> 
         finetunes["b"].tensors["w"][at] = value
         with pytest.raises(CheckpointError, match=rf"b model: w\[{at}\] is {value}"):
             MergedSource(aligned, finetunes, chosen, limits or None).read("w")
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_merge_that_overflows_is_refused(rounding: str) -> None:
+    models = {one: MemorySource({"w": torch.full((3_000,), value)}) for one, value in (("base", 1.0), ("a", 3e4))}
+    chosen = MergeSettings(method="task_arithmetic", scale=1e36)
+    merged = MergedSource(models["base"], {"a": models["a"]}, chosen)
+    settings = FusionSettings(method="interpolation", alpha=1.0, output_dtype="bfloat16", rounding=rounding)  # type: ignore[arg-type]
+    fused = FusedSource(aligned=models["base"], finetune=merged, settings=settings)
+    with pytest.raises(CheckpointError, match=r"fused model: w\[0\] is inf"):
+        list(fused.values("w", 1024, 0, 3_000))
+    with pytest.raises(CheckpointError, match=r"fused model: w\[0\] is inf"):
+        merged.read("w")
+
+
+def test_a_threshold_over_tensors_of_several_dtypes_and_none(without: pytest.MonkeyPatch) -> None:
+    def model(seed: int) -> MemorySource:
+        draws = torch.Generator().manual_seed(seed)
+        dtypes = {"b": torch.bfloat16, "c": torch.float16, "d": torch.float32}
+        tensors = {name: torch.randn(5_000, generator=draws).to(dtype) for name, dtype in dtypes.items()}
+        return MemorySource({"a": torch.empty(0), **tensors})
+
+    aligned, finetunes = model(0), {"x": model(1), "y": model(2)}
+    for threshold in ("model", "tensor"):
+        chosen = MergeSettings(method="ties", density=0.3, threshold=threshold)  # type: ignore[arg-type]
+        found = find_thresholds(aligned, finetunes, chosen)
+        with without.context() as patch:
+            patch.setattr("components.fusion.trimming.library", lambda: None)
+            assert find_thresholds(aligned, finetunes, chosen) == found
+        assert list(MergedSource(aligned, finetunes, chosen, found).slices("a", 0, 0)) == []
 
 
 def test_rounding_to_bf16_is_torchs() -> None:
