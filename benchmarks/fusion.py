@@ -72,6 +72,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", help="an environment that has it, or `none`")
     parser.add_argument("--legs", nargs="+", choices=["ours", "mergekit", "loop"], default=["ours", "mergekit", "loop"])
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="some of them only, to save time"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, help="given to realign fuse; its own choice otherwise")
     parser.add_argument("--scratch", type=Path, help="where models and outputs go (default: the temporary directory)")
@@ -164,12 +167,13 @@ def _legs(scratch: Path, options: argparse.Namespace) -> dict[str, Leg]:
     models = {name: scratch / "models" / name for name in ("base", "a", "b")}
     legs: dict[str, Leg] = {}
     if "ours" in options.legs:
-        legs |= {f"ours {method}": _ours(models, method, options.processes) for method in METHODS}
+        legs |= {f"ours {method}": _ours(models, method, options.processes) for method in options.methods}
     if "mergekit" in options.legs:
         environment, said = mergekit_peer.environment(options.mergekit, scratch)
         sys.stdout.write(f"{said}\n")
         if environment is not None:
-            legs |= {name: _theirs(environment, models, name, scratch) for name in PEERS}
+            chosen = [name for name, (method, _) in PEERS.items() if method.removesuffix("_linear") in options.methods]
+            legs |= {name: _theirs(environment, models, name, scratch) for name in chosen}
     if "loop" in options.legs:
         loop = [sys.executable, str(ROOT / "benchmarks" / "bare_loop.py"), *(str(path) for path in models.values())]
         legs["bare loop"] = lambda out: [*loop, str(out)]
