@@ -1,4 +1,4 @@
-"""kernels.c, where it was compiled: `merge_functions` in one pass, bit for bit the same, two to five times as fast.
+"""kernels.c, where it was compiled: `merge_functions` in one pass, bit for bit the same and faster.
 
 It is built when the package is installed and a C compiler is there (`pip install` goes on without); where it is not, or
 REALIGN_KERNELS=0 says so, `library` is None and the functions of torch do the work.
