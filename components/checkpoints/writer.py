@@ -162,8 +162,8 @@ class CheckpointWriter:
         assert not holes, f"{self.out_dir}: unwritten tensors: {listed(holes)}"
         paths = [shard.path for shard in self._shards]
         try:
-            for shard in self._shards if durable else ():
-                os.fsync(shard.fd)
+            if durable:
+                self.sync()
             if len(self._shards) > 1:
                 paths.insert(0, self._write_index())
             sync(self.out_dir)
@@ -174,9 +174,12 @@ class CheckpointWriter:
         return paths
 
     def sync(self) -> None:
-        """Wait until what was put would survive a power cut."""
+        """Wait until what was put would survive a power cut. Raises StorageError when the disk refuses."""
         for shard in self._shards:
-            os.fsync(shard.fd)
+            try:
+                os.fsync(shard.fd)
+            except OSError as error:
+                raise StorageError(f"{shard.path}: cannot be written ({error.strerror or error})") from error
 
     def close(self) -> None:
         """Close the files without any check (after an error; `finish` calls it too)."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import os
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -17,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from components.fusion.merge_functions import drop_limit, trimmed_up_to
 
 _VERSION, _LANES = 4, 1024
 """As kernels.c has them."""
@@ -122,16 +123,6 @@ def between(
         ctypes.c_float(float(low)), ctypes.c_float(float(high)), ctypes.byref(above), _at(room),
     )  # fmt: skip
     return above.value, room[:count]
-
-
-def drop_limit(keep: float) -> int:
-    """Draws h below it are kept: those with (h + ½)/2¹⁶ + ½ < keep."""
-    return math.ceil((keep - 0.5) * 65_536 - 0.5)
-
-
-def trimmed_up_to(threshold: float) -> float:
-    """The largest magnitude below a threshold; negative where nothing is below it."""
-    return float(np.nextafter(np.float32(threshold), np.float32(0))) if threshold > 0 else -1.0
 
 
 def _at(values: npt.NDArray[np.generic]) -> ctypes.c_void_p:

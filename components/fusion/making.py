@@ -169,7 +169,7 @@ class Making:
 def make_part(source: FusedSource, name: str, start: int, stop: int, put: Put) -> bool:
     """Give elements [start, stop) to `put`, which must not keep them; whether they are the aligned model's, which then are only
     copied."""
-    with one_thread(), torch.no_grad():
+    with one_thread():
         if source.unchanged(name, start, stop):
             values = source.aligned.read(name, start, stop)
             _require_finite(name, source.spec(name), start, values)

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 
 from components.checkpoints.source import TensorSource, blocks
-from components.fusion.kernels import drop_limit, trimmed_up_to
 from components.fusion.sums import dot
 from components.masks.concrete import BLOCK as HASH_BLOCK
 from components.masks.concrete import hash_keys, mask_halves
@@ -118,6 +117,16 @@ def dropped(delta: torch.Tensor, drawn: npt.NDArray[np.int16], *, keep: float) -
     values = delta.numpy()
     np.divide(values, np.float32(keep), out=values)
     return delta
+
+
+def drop_limit(keep: float) -> int:
+    """Draws h below it are kept: those with (h + ½)/2¹⁶ + ½ < keep."""
+    return math.ceil((keep - 0.5) * 65_536 - 0.5)
+
+
+def trimmed_up_to(threshold: float) -> float:
+    """The largest magnitude below a threshold; negative where nothing is below it."""
+    return float(np.nextafter(np.float32(threshold), np.float32(0))) if threshold > 0 else -1.0
 
 
 @dataclass(frozen=True)

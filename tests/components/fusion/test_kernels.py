@@ -41,12 +41,6 @@ DTYPES = {
 }
 
 
-@pytest.fixture
-def without() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
 def family(numel: int, dtypes: list[torch.dtype], seed: int) -> tuple[MemorySource, dict[str, MemorySource]]:
     """Weights with equal magnitudes, signs that cancel, zeros of both signs, denormals and equal stretches."""
     draws = torch.Generator().manual_seed(seed)
@@ -70,13 +64,13 @@ def source(aligned: MemorySource, finetunes: dict[str, MemorySource], chosen: Me
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("name", MERGES)
 @pytest.mark.parametrize(("numel", "start"), [(1, 0), (5_003, 0), (5_003, 1_021), (300_001, 2 * HASH_BLOCK - 1_027)])
-def test_the_bits_of_torch(name: str, dtypes: str, numel: int, start: int, without: pytest.MonkeyPatch) -> None:
+def test_the_bits_of_torch(name: str, dtypes: str, numel: int, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     aligned, finetunes = family(numel, DTYPES[dtypes], seed=numel)
     chosen = MergeSettings(**{"method": name, **MERGES[name]})  # type: ignore[arg-type]
     found = source(aligned, finetunes, chosen)
     values = {out: list(copies(found, start, numel, out)) for out in (torch.float32, torch.bfloat16, torch.float16)}
-    without.setattr("components.fusion.merging.library", lambda: None)
-    without.setattr("components.fusion.trimming.library", lambda: None)
+    monkeypatch.setattr("components.fusion.merging.library", lambda: None)
+    monkeypatch.setattr("components.fusion.trimming.library", lambda: None)
     wanted = source(aligned, finetunes, chosen)
     assert wanted._thresholds == found._thresholds
     for out, pieces in values.items():
@@ -138,7 +132,7 @@ def test_a_merge_that_overflows_is_refused(rounding: str) -> None:
         merged.read("w")
 
 
-def test_a_threshold_over_tensors_of_several_dtypes_and_none(without: pytest.MonkeyPatch) -> None:
+def test_a_threshold_over_tensors_of_several_dtypes_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def model(seed: int) -> MemorySource:
         draws = torch.Generator().manual_seed(seed)
         dtypes = {"b": torch.bfloat16, "c": torch.float16, "d": torch.float32}
@@ -149,7 +143,7 @@ def test_a_threshold_over_tensors_of_several_dtypes_and_none(without: pytest.Mon
     for threshold in ("model", "tensor"):
         chosen = MergeSettings(method="ties", density=0.3, threshold=threshold)  # type: ignore[arg-type]
         found = find_thresholds(aligned, finetunes, chosen)
-        with without.context() as patch:
+        with monkeypatch.context() as patch:
             patch.setattr("components.fusion.trimming.library", lambda: None)
             assert find_thresholds(aligned, finetunes, chosen) == found
         assert list(MergedSource(aligned, finetunes, chosen, found).slices("a", 0, 0)) == []
@@ -168,6 +162,6 @@ def test_rounding_to_bf16_is_torchs() -> None:
     assert torch.equal(out.view(torch.int16), (values + 0.0).bfloat16().view(torch.int16))
 
 
-def test_it_can_be_switched_off(without: pytest.MonkeyPatch) -> None:
-    without.setenv("REALIGN_KERNELS", "0")
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REALIGN_KERNELS", "0")
     assert kernels.library.__wrapped__() is None
