@@ -10,7 +10,7 @@ from typing import Any
 from components import errors
 from components.checkpoints.journal import Part
 from components.checkpoints.source import blocks
-from components.fusion.fuse import fuse_checkpoint, fuse_parts
+from components.fusion.fuse import fuse_checkpoint, fuse_parts, open_fused
 from components.fusion.settings import FusionSettings
 from components.masks.artifact import MaskArtifact
 from components.records import Record
@@ -87,12 +87,8 @@ def _make_parts(
     try:
         context = StageContext.of_plain(plain)
         context.attempt.keep_going()
-        return fuse_parts(
-            parts,
-            **_inputs(context),
-            settings=FusionSettings.model_validate_json(settings),
-            out_dir=context.out / _MODEL,
-        )
+        source = open_fused(**_inputs(context), settings=FusionSettings.model_validate_json(settings))
+        return fuse_parts(parts, source, context.out / _MODEL)
     except errors.RealignError as error:
         return errors.error_payload(error)
 

@@ -17,7 +17,7 @@ from components.checkpoints.compare import require_compatible
 from components.checkpoints.factors import FactorSource
 from components.checkpoints.journal import Part
 from components.checkpoints.reference import Checkpoint
-from components.checkpoints.source import TensorSource, TensorSpec
+from components.checkpoints.source import TensorSpec
 from components.checkpoints.stream import Elsewhere, Put, Work, Written, stream, write_parts
 from components.checkpoints.writer import copy_side_files
 from components.fusion.fused import BLOCK, FusedBlock, FusedSource, one_thread
@@ -136,10 +136,12 @@ def fuse_checkpoint(
     Raises CheckpointError (all misfits at once; the tensor and index of a NaN), ConfigError (input of the method
     missing), StorageError (disk full or not writable).
     """
-    source, inputs = _opened(aligned, finetune, settings, mask, unaligned, safe)
+    source = open_fused(
+        aligned=aligned, finetune=finetune, settings=settings, mask=mask, unaligned=unaligned, safe=safe
+    )
     settled = source.settled(processes)  # what takes a look at all tensors, before there are several processes
     counts, written = _write(
-        source, inputs, out_dir, block=block, processes=processes, progress=progress,
+        source, out_dir, block=block, processes=processes, progress=progress,
         elsewhere=functools.partial(elsewhere, settled) if elsewhere else None,
     )  # fmt: skip
     files = list(written.files)
@@ -164,38 +166,29 @@ def fuse_checkpoint(
 
 
 def fuse_parts(
-    parts: Sequence[Part],
+    parts: Sequence[Part], source: FusedSource, out_dir: Path, *, block: int = BLOCK
+) -> list[tuple[Part, dict[str, Any]]]:
+    """Some parts of a model that another process writes with `fuse_checkpoint`: `open_fused` by the settings that it gave."""
+    return write_parts(out_dir, _specs(source), _counting(source, block), parts, **_options(source))
+
+
+def open_fused(
     *,
     aligned: Checkpoint,
     finetune: Checkpoint,
     settings: FusionSettings,
-    out_dir: Path,
     mask: Mask | None = None,
     unaligned: Checkpoint | None = None,
     safe: Checkpoint | None = None,
-    block: int = BLOCK,
-) -> list[tuple[Part, dict[str, Any]]]:
-    """Some parts of a model that another process writes with `fuse_checkpoint`, by the settings that it gave."""
-    source, _ = _opened(aligned, finetune, settings, mask, unaligned, safe)
-    return write_parts(out_dir, _specs(source), _counting(source, block), parts, **_options(source))
-
-
-def _opened(
-    aligned: Checkpoint,
-    finetune: Checkpoint,
-    settings: FusionSettings,
-    mask: Mask | None,
-    unaligned: Checkpoint | None,
-    safe: Checkpoint | None,
-) -> tuple[FusedSource, list[TensorSource]]:
-    """The fused model, and the models that are read for it."""
+) -> FusedSource:
+    """The fused model of opened checkpoints, without those that its method has no use for. Raises as `fuse_checkpoint`."""
     method = method_named(settings.method)
     used_unaligned = unaligned if method.needs_unaligned else None
     used_safe = safe if method.takes_safe else None
     for other in (finetune, used_unaligned, used_safe):
         if other is not None:
             require_compatible(aligned, other)
-    source = FusedSource(
+    return FusedSource(
         aligned=aligned.source,
         finetune=finetune.source,
         settings=settings,
@@ -203,7 +196,6 @@ def _opened(
         unaligned=used_unaligned.source if used_unaligned else None,
         safe=used_safe.source if used_safe else None,
     )
-    return source, [c.source for c in (aligned, finetune, used_unaligned, used_safe) if c is not None]
 
 
 def _specs(source: FusedSource) -> dict[str, TensorSpec]:
@@ -233,7 +225,6 @@ def _counting(source: FusedSource, block: int) -> Work:
 
 def _write(
     source: FusedSource,
-    inputs: Sequence[TensorSource],
     out_dir: Path,
     *,
     block: int,
@@ -243,6 +234,7 @@ def _write(
 ) -> tuple[dict[str, TensorCounts], Written]:
     """Write the weights; what was counted by tensor."""
     counts = {n: TensorCounts(source.spec(n).numel, _short(source.spec(n).dtype)) for n in source.names()}
+    inputs = [one for one in (source.aligned, source.finetune, source.unaligned, source.safe) if one is not None]
     written = stream(
         out_dir,
         _specs(source),
