@@ -8,12 +8,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 install: .venv/.installed
 
-# torch first: a range that another package asks for must find exactly this version in place.
+# torch first: a range that another package asks for must find exactly this version in place. Last without setuptools' warnings,
+# which tell a newcomer of its own experimental sections.
 .venv/.installed: pyproject.toml constraints.txt components/fusion/kernels.c
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 	touch $@
 
 demo: install
