@@ -79,13 +79,14 @@ def write_models(root: Path, shape: dict[str, Any]) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from components.checkpoints.dtypes import BF16
     from components.checkpoints.source import TensorSpec
     from components.checkpoints.writer import CheckpointWriter
 
     config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    specs = {name: TensorSpec(torch.bfloat16, tuple(p.shape)) for name, p in model.named_parameters()}
+    specs = {name: TensorSpec(BF16, tuple(p.shape)) for name, p in model.named_parameters()}
     for place in ("aligned", "finetune"):
         config.save_pretrained(root / place)
     generator = torch.Generator().manual_seed(0)

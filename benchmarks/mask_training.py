@@ -162,7 +162,7 @@ def _ours(config: Any, rows: Any) -> tuple[Callable[[], None], int]:
             return {}
 
         def spec(self, name: str) -> TensorSpec:
-            return TensorSpec(self.tensors[name].dtype, tuple(self.tensors[name].shape))
+            return TensorSpec.of(self.tensors[name])
 
         def read(self, name: str, start: int = 0, stop: int | None = None) -> Any:
             return self.tensors[name].view(-1)[start:stop]

@@ -23,8 +23,8 @@ _BLOCK = 1 << 20
 
 def specs_of(shape: Mapping[str, int], dtype: str = "bfloat16") -> dict[str, Any]:
     """tensor -> TensorSpec of an untied Llama."""
-    import torch
 
+    from components.checkpoints.dtypes import named
     from components.checkpoints.source import TensorSpec
 
     hidden, inner, vocabulary = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
@@ -41,7 +41,7 @@ def specs_of(shape: Mapping[str, int], dtype: str = "bfloat16") -> dict[str, Any
     }
     shapes |= {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
     shapes["model.norm.weight"] = (hidden,)
-    return {name: TensorSpec(getattr(torch, dtype), size) for name, size in shapes.items()}
+    return {name: TensorSpec(named(dtype), size) for name, size in shapes.items()}
 
 
 def nbytes(shape: Mapping[str, int]) -> int:

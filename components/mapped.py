@@ -14,9 +14,11 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from weakref import WeakValueDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from components.errors import StorageError
@@ -48,7 +50,7 @@ found under its address."""
 def map_file(file: IO[bytes], *, size: int = 0, private: bool) -> FileMap:
     """The first `size` bytes of an open file (0: all). Private: writes never reach the file."""
     mapped = FileMap(file.fileno(), size, access=mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE)
-    mapped.address = torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr()
+    mapped.address = np.frombuffer(mapped, np.uint8, 1).ctypes.data
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         # Else a touch may bring 2 MiB along: other ranks' parts of a tensor.
         mapped.madvise(mmap.MADV_NOHUGEPAGE)
@@ -62,18 +64,34 @@ def tensor_over(mapped: FileMap, dtype: torch.dtype, count: int, offset: int) ->
     return tensor
 
 
+def array_over(
+    mapped: FileMap, dtype: np.dtype[np.unsignedinteger[Any]], count: int, offset: int
+) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """The same as an array."""
+    array = np.frombuffer(mapped, dtype, count, offset)
+    _MAPS[array.ctypes.data] = mapped
+    return array
+
+
 def over_file(tensor: torch.Tensor) -> bool:
     """Whether `drop` does something for it."""
     return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in _MAPS
 
 
-def drop(tensor: torch.Tensor) -> None:
-    """Let go of the pages of a contiguous tensor that lies over a file; its values stay. Nothing for other tensors."""
-    mapped = _MAPS.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None
+def drop(values: torch.Tensor | npt.NDArray[Any]) -> None:
+    """Let go of the pages of a contiguous tensor, or of a whole array, that lies over a file; its values stay. Nothing for
+    others."""
+    if isinstance(values, np.ndarray):
+        storage = begin = values.ctypes.data
+    elif values.device.type == "cpu":
+        storage, begin = values.untyped_storage().data_ptr(), values.data_ptr()
+    else:
+        return
+    mapped = _MAPS.get(storage)
     if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    begin = tensor.data_ptr() - mapped.address
-    end, begin = -(-(begin + tensor.nbytes) // _FOLIO) * _FOLIO, begin // _FOLIO * _FOLIO
+    begin -= mapped.address
+    end, begin = -(-(begin + values.nbytes) // _FOLIO) * _FOLIO, begin // _FOLIO * _FOLIO
     mapped.madvise(mmap.MADV_DONTNEED, begin, min(end, len(mapped)) - begin)
 
 
@@ -90,9 +108,10 @@ class FileRoom:
     """Tensors over files in a directory, for what does not fit in memory. The files have no names: their room on the disk is
     given back when the tensors are gone, or the process, however it ended."""
 
-    device, lasting = torch.device("cpu"), True
+    lasting = True
 
     def __init__(self, directory: Path) -> None:
+        self.device = torch.device("cpu")
         self._directory = directory
         self._file: IO[bytes] | None = None
         self._map: FileMap | None = None

@@ -261,7 +261,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as end:
         if sys.argv[1:2] == ["fuse"] and not end.code:
-            # Nothing of it is left running, and to take torch's modules apart takes a third as long as to load them.
+            # Nothing of it is left running; where torch was needed, to take its modules apart takes a third of its import.
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:
                     stream.flush()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -15,6 +13,7 @@ from pydantic import ValidationError
 
 from components.errors import ConfigError
 from components.fusion.recipe import Recipe, settings_of, told
+from components.late import import_late
 
 if TYPE_CHECKING:
     from components.fusion.making import Fused
@@ -166,6 +165,7 @@ class Typed:
 
 def fuse_typed(typed: Typed, out: str, *, processes: int | None, durable: bool, overwrite: bool) -> None:
     """Make it, and say so."""
+    import_late("torch")  # compiled merges are made without it
     recipe = typed.recipe()
     from components.workers import available_processes
 
@@ -181,29 +181,14 @@ def fuse_typed(typed: Typed, out: str, *, processes: int | None, durable: bool, 
 def _fused(
     recipe: Recipe, out: str, processes: int, *, durable: bool, overwrite: bool, progress: FuseProgress
 ) -> Fused:
-    # These import torch: only now, when all that can be said without it has been said.
     if "://" in out and not out.startswith("file://"):
-        with _nothing_collected():
-            from components.fusion.store_job import fuse_to_store
+        from components.fusion.store_job import fuse_to_store
 
         return fuse_to_store(recipe, out, processes=processes, overwrite=overwrite, progress=progress)
-    with _nothing_collected():
-        from components.fusion.job import fuse
+    from components.fusion.job import fuse
 
     directory = Path(out.removeprefix("file://"))
     return fuse(recipe, directory, processes=processes, durable=durable, overwrite=overwrite, progress=progress)
-
-
-@contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """While modules are imported, and what they made not later either: to look through all of torch's objects for garbage a few
-    times takes a tenth of its import (measured), and would give every fork pages of its own."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _beside(config: Path, reference: str) -> str:

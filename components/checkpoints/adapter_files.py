@@ -33,7 +33,7 @@ def write_adapter(
 ) -> None:
     """An adapter directory that PEFT loads: `tensors` under PEFT's names, `config` as arguments of its LoraConfig, and the
     tokenizer. Raises StorageError when the disk refuses."""
-    specs = {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
     with CheckpointWriter(out_dir, specs, single_file=ADAPTER_WEIGHTS) as writer:
         for key, tensor in tensors.items():
             writer.write_whole(key, tensor)

@@ -28,6 +28,7 @@ from components.checkpoints.adapter_parsing import (
     open_weights,
     read_adapter_config,
 )
+from components.checkpoints.dtypes import F32
 from components.checkpoints.safetensors import MappedFile
 from components.checkpoints.source import InFiles, TensorSource, TensorSpec
 from components.errors import CheckpointError, listed
@@ -100,7 +101,7 @@ class LoraSource:
         name = self.aliases().get(name, name)
         spec = self.base.spec(name)
         if name in self._pairs:
-            return TensorSpec(dtype=torch.float32, shape=spec.shape)
+            return TensorSpec(F32, spec.shape)
         if name in self._replaced:
             return self.weights.header.tensors[self._replaced[name]].spec
         return spec

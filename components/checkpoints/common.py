@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
 
-import torch
-
+from components.checkpoints.dtypes import promoted
 from components.checkpoints.patched import Part, Patched
 from components.checkpoints.source import TensorSource, TensorSpec
 from components.checkpoints.vocabularies import is_by_token
@@ -133,18 +132,18 @@ def _common(
     specs = {label: source.spec(name) for label, source in having.items()}
     leading = specs.get(ALIGNED) or next(iter(specs.values()))
     shape = leading.shape if rows is None else (rows, *leading.shape[1:])
-    whole = TensorSpec(leading.dtype, shape).numel
+    whole = TensorSpec(leading.kind, shape).numel
     ends = {
         label: min(spec.numel, whole)
         for label, spec in specs.items()
         if (spec.shape == shape if rows is None else spec.shape[1:] == shape[1:])
-        and spec.dtype.is_floating_point == leading.dtype.is_floating_point
+        and spec.kind.is_float == leading.kind.is_float
     }
     problems = []
     if max(ends.values()) < whole:
         problems.append(f"{name}: no model has rows {max(s.shape[0] for s in specs.values())} to {shape[0] - 1}")
     meant = ends if rows is None else {k: min(end, named.get(k, rows) * (whole // rows)) for k, end in ends.items()}
-    dtype = reduce(torch.promote_types, [specs[label].dtype for label in ends])
+    kind = reduce(promoted, [specs[label].kind for label in ends])
     found = {}
     for label in labels:
         if label in specs and label not in ends:
@@ -153,7 +152,7 @@ def _common(
         parts = _parts(name, label, having, ends, meant)
         alone = len(parts) == 1 and len(parts[0].holders) == 1
         spec = parts[0].holders[0][0].spec(name) if alone else None
-        found[label] = Patched(TensorSpec(spec.dtype if spec else dtype, shape), parts)
+        found[label] = Patched(TensorSpec(spec.kind if spec else kind, shape), parts)
     return found, problems
 
 

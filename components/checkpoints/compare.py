@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from components.checkpoints.dtypes import Bits, all_finite, as_floats
 from components.checkpoints.factors import FactorSource
 from components.checkpoints.reference import Checkpoint
-from components.checkpoints.source import TensorSource, blocks
+from components.checkpoints.source import TensorSource, bits_of, blocks
 from components.checkpoints.vocabularies import token_clashes
 from components.errors import CheckpointError, listed
 
@@ -92,9 +92,9 @@ def tensor_differences(a: TensorSource, b: TensorSource) -> list[tuple[str, str]
         shape_a, shape_b = a.spec(name).shape, b.spec(name).shape
         if shape_a != shape_b:
             found.append((name, f"{name} is {list(shape_b)}, not {list(shape_a)}"))
-        is_float = (a.spec(name).dtype.is_floating_point, b.spec(name).dtype.is_floating_point)
-        if is_float[0] != is_float[1]:
-            found.append((name, f"{name} is {b.spec(name).dtype}, not {a.spec(name).dtype}"))
+        kind_a, kind_b = a.spec(name).kind, b.spec(name).kind
+        if kind_a.is_float != kind_b.is_float:
+            found.append((name, f"{name} is {kind_b}, not {kind_a}"))
     return found
 
 
@@ -121,20 +121,20 @@ def check_finite(source: TensorSource, *, block: int = _BLOCK) -> list[str]:
     problems = []
     for name in source.names():
         spec = source.spec(name)
-        if not spec.dtype.is_floating_point:
+        if not spec.kind.is_float:
             continue
         bad, first = 0, -1
         value = 0.0
         for start, stop in blocks(spec.numel, block):
-            values = source.read(name, start, stop)
-            # One sum tells whether all is well: NaN and infinities survive it. It may overflow, hence the second look.
-            if bool(torch.isfinite(values.sum(dtype=torch.float32))):
+            bits = bits_of(source, name, start, stop)
+            if all_finite(bits, spec.kind):
                 continue
-            wrong = (~torch.isfinite(values)).nonzero().reshape(-1)
-            if wrong.numel() and first < 0:
+            values = as_floats(bits, spec.kind)
+            wrong = np.flatnonzero(~np.isfinite(values))
+            if first < 0:
                 first = start + int(wrong[0])
-                value = float(values[int(wrong[0])])
-            bad += wrong.numel()
+                value = float(values[wrong[0]])
+            bad += wrong.size
         if bad:
             index = ", ".join(str(i) for i in unravel(first, spec.shape))
             problems.append(f"{name}[{index}] is {value} ({bad} bad elements)")
@@ -157,11 +157,11 @@ def relative_distance(aligned: TensorSource, other: TensorSource, *, sample: int
     apart = size = 0.0
     for name in aligned.names():
         spec = aligned.spec(name)
-        if len(spec.shape) < 2 or not spec.dtype.is_floating_point:
+        if len(spec.shape) < 2 or not spec.kind.is_float:
             continue
-        a, f = (s.read(name, 0, min(spec.numel, sample)).double() for s in (aligned, other))
-        apart += float((f - a).square().sum())
-        size += float(a.square().sum())
+        a, f = (_doubles(source, name, min(spec.numel, sample)) for source in (aligned, other))
+        apart += float(np.square(f - a).sum())
+        size += float(np.square(a).sum())
     return math.sqrt(apart / size) if size else 0.0
 
 
@@ -193,16 +193,19 @@ def compare_scalings(a: TensorSource, b: TensorSource) -> list[str]:
 
 def same_bits(one: TensorSource, other: TensorSource, name: str, start: int, stop: int) -> bool:
     """Whether two sources hold the same there, in the same dtype. A few elements tell mostly that they do not."""
-    if one.spec(name).dtype != other.spec(name).dtype:
+    if one.spec(name).kind != other.spec(name).kind:
         return False
     for low, high in (*blocks(min(stop - start, _PEEK), _PEEK), *blocks(stop - start, _BLOCK)):
-        a, b = (source.read(name, start + low, start + high) for source in (one, other))
+        a, b = (bits_of(source, name, start + low, start + high) for source in (one, other))
         # Bytes, because a NaN is no number's equal and zeros have signs; numpy's, which stop being slow at eight at a time.
         if not np.array_equal(_words(a), _words(b)):
             return False
     return True
 
 
-def _words(values: torch.Tensor) -> npt.NDArray[np.generic]:
-    raw: npt.NDArray[np.generic] = values.view(torch.uint8).numpy()
-    return raw.view(np.uint64) if raw.size % 8 == 0 and raw.ctypes.data % 8 == 0 else raw
+def _words(bits: Bits) -> Bits:
+    return bits.view(np.uint64) if bits.nbytes % 8 == 0 and bits.ctypes.data % 8 == 0 else bits
+
+
+def _doubles(source: TensorSource, name: str, count: int) -> npt.NDArray[np.float64]:
+    return as_floats(bits_of(source, name, 0, count), source.spec(name).kind).astype(np.float64)

@@ -14,25 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from components.checkpoints.dtypes import DTYPES
 from components.checkpoints.places import RemoteFile
 from components.checkpoints.source import TensorSpec
 from components.errors import CheckpointError
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_CODES: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 _GUESS = 1 << 17
 """Bytes that are asked for first of a file elsewhere."""
 _MAX_HEADER = 100_000_000  # the format's own limit; a larger number means that the file is something else
@@ -120,7 +106,7 @@ def _placed(path: Path, name: str, entry: Any, data_start: int) -> Placed:
             f"{path}: tensor {name} has dtype {code}; quantised and 8-bit weights cannot be fused: "
             "give the bf16, fp16 or fp32 model"
         )
-    spec = TensorSpec(dtype=DTYPES[code], shape=shape)
+    spec = TensorSpec(DTYPES[code], shape)
     if begin < 0 or min(shape, default=0) < 0 or end - begin != spec.nbytes:
         raise CheckpointError(f"{path}: tensor {name} {list(shape)} {code} does not fit its {end - begin} bytes")
     return Placed(spec=spec, offset=data_start + begin)
@@ -140,7 +126,7 @@ def layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None =
     Wider dtypes come first, then names in order: every tensor is aligned to its own element size, as the reference
     implementation does, so that mapped tensors need no copy.
     """
-    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    order = sorted(specs, key=lambda name: (-specs[name].kind.itemsize, name))
     entries: dict[str, Any] = {}
     if metadata:
         entries["__metadata__"] = dict(sorted(metadata.items()))
@@ -150,7 +136,7 @@ def layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None =
         spec = specs[name]
         begins[name] = begin
         entries[name] = {
-            "dtype": DTYPE_CODES[spec.dtype],
+            "dtype": spec.kind.code,
             "shape": list(spec.shape),
             "data_offsets": [begin, begin + spec.nbytes],
         }

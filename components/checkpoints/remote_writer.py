@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from components.checkpoints.headers import layout
 from components.checkpoints.places import HubId, RemoteFile, parse_reference
 from components.checkpoints.remote import FETCHED, UNFINISHED, list_files
 from components.checkpoints.safetensors import INDEX_NAME
-from components.checkpoints.source import TensorSource, blocks
+from components.checkpoints.source import TensorSource, bits_of, blocks
 from components.checkpoints.stores import ask, filesystem
 from components.checkpoints.uploads import PART_BYTES, FileUpload, Written
 from components.checkpoints.writer import METADATA, TEMPLATE_DIRECTORY
@@ -200,7 +200,7 @@ def write_shard(output: Output, file_name: str, source: TensorSource, names: Ite
         upload.write(raw)
         for name, placed in header.tensors.items():
             for start, stop in blocks(placed.spec.numel, BLOCK):
-                upload.write(source.read(name, start, stop).contiguous().view(torch.uint8).numpy().data)
+                upload.write(bits_of(source, name, start, stop).view(np.uint8).data)
         return upload.close()
 
 

@@ -10,17 +10,21 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
+from components.checkpoints.dtypes import Bits, as_tensor
 from components.checkpoints.headers import Header, Placed, read_header
 from components.checkpoints.places import Located
 from components.checkpoints.quantised import quantised_config, quantised_tensors
-from components.checkpoints.source import TensorSource, TensorSpec, blocks
+from components.checkpoints.source import TensorSource, TensorSpec, bits_of, blocks
 from components.checkpoints.windows import WindowedFile, Windows
 from components.errors import CheckpointError, listed
-from components.mapped import FileMap, map_file, tensor_over
+from components.mapped import FileMap, array_over, map_file
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -40,12 +44,12 @@ class MappedFile:
         self.header = header
         self._map: FileMap | None = None
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a tensor, 1-D, in the stored dtype, aliasing the map."""
+    def bits(self, name: str, start: int, stop: int) -> Bits:
+        """Elements [start, stop) of a tensor, aliasing the map."""
         placed = self.header.tensors[name]
-        dtype = placed.spec.dtype
+        dtype = placed.spec.kind.bits
         if start == stop:
-            return torch.empty(0, dtype=dtype)
+            return np.empty(0, dtype)
         if self._map is None:
             with self.header.path.open("rb") as file:
                 # Private: torch takes it as writable (no warning), and the file cannot be changed through it.
@@ -53,8 +57,12 @@ class MappedFile:
         offset = placed.offset + start * dtype.itemsize
         if offset % dtype.itemsize:  # foreign writers may leave tensors unaligned
             raw = bytearray(self._map[offset : offset + (stop - start) * dtype.itemsize])
-            return torch.frombuffer(raw, dtype=dtype)
-        return tensor_over(self._map, dtype, stop - start, offset)
+            return np.frombuffer(raw, dtype)
+        return array_over(self._map, dtype, stop - start, offset)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The same as a tensor, 1-D."""
+        return as_tensor(self.bits(name, start, stop), self.header.tensors[name].spec.kind)
 
 
 class SafetensorsSource:
@@ -100,11 +108,15 @@ class SafetensorsSource:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor; aliases a private read-only map."""
+        spec = self.spec(name)
+        return as_tensor(self.bits(name, start, spec.numel if stop is None else stop), spec.kind)
+
+    def bits(self, name: str, start: int, stop: int) -> Bits:
+        """The same as plain memory."""
         name = self._listed_name(name)
         numel = self._placed[name].spec.numel
-        stop = numel if stop is None else stop
         assert 0 <= start <= stop <= numel, (name, start, stop, numel)
-        return self._files[name].read(name, start, stop)
+        return self._files[name].bits(name, start, stop)
 
     def file_of(self, name: str) -> Path:
         """The shard that holds a tensor."""
@@ -173,8 +185,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def same_values(source: TensorSource, first: str, second: str) -> bool:
     """Whether two tensors of one source hold the same bits (both specs equal)."""
     for start, stop in blocks(source.spec(first).numel, _COMPARE_BLOCK):
-        a, b = source.read(first, start, stop), source.read(second, start, stop)
-        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+        one, other = (bits_of(source, name, start, stop) for name in (first, second))
+        if not np.array_equal(one, other):
             return False
     return True
 

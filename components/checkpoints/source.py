@@ -12,13 +12,25 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from components.checkpoints.dtypes import Bits, DType, Stretch, as_bits
+
 
 @dataclass(frozen=True)
 class TensorSpec:
     """What is known of a tensor before a byte of it is read."""
 
-    dtype: torch.dtype
+    kind: DType
     shape: tuple[int, ...]
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorSpec:
+        """That of a tensor in memory. Raises CheckpointError for a dtype that safetensors files cannot hold."""
+        return TensorSpec(DType.of(tensor.dtype), tuple(tensor.shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`kind`, for torch."""
+        return self.kind.in_torch
 
     @property
     def numel(self) -> int:
@@ -29,7 +41,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.kind.itemsize
 
 
 @runtime_checkable
@@ -55,12 +67,31 @@ class TensorSource(Protocol):
 
 
 @runtime_checkable
+class BitSource(Protocol):
+    """A source whose tensors are as they lie in files: they can be had without torch."""
+
+    def bits(self, name: str, start: int, stop: int) -> Bits:
+        """What `read` gives, as plain memory: never write into it."""
+        ...
+
+
+@runtime_checkable
 class InFiles(Protocol):
     """A source that can say where a tensor lies, for messages."""
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor (or its alias's)."""
         ...
+
+
+def bits_of(source: TensorSource, name: str, start: int, stop: int) -> Bits:
+    """Elements [start, stop) of any source as plain memory, without torch where it is `BitSource`."""
+    return source.bits(name, start, stop) if isinstance(source, BitSource) else as_bits(source.read(name, start, stop))
+
+
+def stretch_from(source: TensorSource, name: str, start: int, stop: int) -> Stretch:
+    """The same with what they mean."""
+    return bits_of(source, name, start, stop), source.spec(name).kind
 
 
 def read_whole(source: TensorSource, name: str) -> torch.Tensor:

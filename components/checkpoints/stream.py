@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from components.checkpoints.dtypes import Bits
 from components.checkpoints.journal import Journal, Part
 from components.checkpoints.source import TensorSpec, blocks
 from components.checkpoints.writer import CheckpointWriter
@@ -25,8 +24,8 @@ PART = 1 << 23
 """Elements of a part: 16 MiB of bf16. Small enough to share out a tensor and to lose little, large enough to cost nothing."""
 _REPORT_EVERY_S = 0.5
 
-Put = Callable[[int, torch.Tensor], None]
-"""(start, values): where in the tensor, and a 1-D slice in its dtype."""
+Put = Callable[[int, Bits], None]
+"""(start, bits): where in the tensor, and a slice of it."""
 Work = Callable[[str, int, int, Put], dict[str, Any]]
 """(tensor, start, stop, put): makes elements [start, stop) and puts all of them; what it returns is kept with the part."""
 
@@ -121,7 +120,7 @@ def _maker(writer: CheckpointWriter, work: Work) -> Callable[[Part], dict[str, A
     def make(part: Part) -> dict[str, Any]:
         name, low, high = part
         return_freed_memory(QUICK)  # a block's temporaries come and go by the thousand
-        return work(name, low, high, lambda start, values: writer.put(name, start, values))
+        return work(name, low, high, lambda start, bits: writer.put(name, start, bits))
 
     return make
 
@@ -132,7 +131,7 @@ class _Meter:
     def __init__(
         self, specs: Mapping[str, TensorSpec], read: Callable[[str], int], parts: list[Part], progress: Progress | None
     ) -> None:
-        self._written = {name: spec.dtype.itemsize for name, spec in specs.items()}
+        self._written = {name: spec.kind.itemsize for name, spec in specs.items()}
         self._read = {name: read(name) for name in specs}
         self._progress = progress
         self._total = sum((high - low) * (self._written[name] + self._read[name]) for name, low, high in parts)

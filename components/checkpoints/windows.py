@@ -14,8 +14,9 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+import numpy as np
 
+from components.checkpoints.dtypes import Bits
 from components.checkpoints.headers import Header
 from components.checkpoints.places import RemoteFile
 
@@ -146,12 +147,12 @@ class WindowedFile:
         self._file = file
         self._windows = windows
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a tensor, 1-D, in the stored dtype, in memory of their own."""
+    def bits(self, name: str, start: int, stop: int) -> Bits:
+        """Elements [start, stop) of a tensor, in memory of their own."""
         placed = self.header.tensors[name]
-        dtype = placed.spec.dtype
+        dtype = placed.spec.kind.bits
         if start == stop:
-            return torch.empty(0, dtype=dtype)
+            return np.empty(0, dtype)
         begin, end = (placed.offset + i * dtype.itemsize for i in (start, stop))
         raw = self._windows.read(self._file, begin, end, limit=placed.offset + placed.spec.nbytes)
-        return torch.frombuffer(raw, dtype=dtype)
+        return np.frombuffer(raw, dtype)

@@ -19,12 +19,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
-from components.checkpoints.headers import DTYPE_CODES, Header, layout
+from components.checkpoints.dtypes import Bits, DType, as_bits
+from components.checkpoints.headers import Header, layout
 from components.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, read_json
 from components.checkpoints.source import TensorSpec
-from components.errors import CheckpointError, StorageError, listed
+from components.errors import StorageError, listed
 from components.storage import sync
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -90,7 +92,7 @@ class CheckpointWriter:
 
     Forked processes may `put` into the files that their parent's writer opened, and the parent `mark` it.
 
-    Raises CheckpointError for dtypes that safetensors lacks, StorageError when the disk refuses or is too small.
+    Raises StorageError when the disk refuses or is too small.
     """
 
     def __init__(
@@ -103,9 +105,6 @@ class CheckpointWriter:
         resume: bool = False,
         join: bool = False,
     ) -> None:
-        odd = [f"{n} ({s.dtype})" for n, s in sorted(specs.items()) if s.dtype not in DTYPE_CODES]
-        if odd:
-            raise CheckpointError(f"{out_dir}: safetensors cannot hold {listed(odd)}")
         assert specs, "a checkpoint without tensors"
         self.out_dir = out_dir
         self.bytes_written = 0
@@ -128,24 +127,25 @@ class CheckpointWriter:
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Put a 1-D slice that begins at flattened element `start`. Its dtype must be the tensor's."""
-        self.put(name, start, values)
+        assert values.dim() == 1, values.shape
+        assert values.dtype == self._specs[name].dtype, (name, values.dtype, self._specs[name].kind)
+        self.put(name, start, as_bits(values.contiguous()))
         self.mark(name, start, start + values.numel())
 
-    def put(self, name: str, start: int, values: torch.Tensor) -> None:
+    def put(self, name: str, start: int, bits: Bits) -> None:
         """The same, in a process whose parent has this writer and marks what was put."""
         spec = self._specs[name]
-        assert values.dim() == 1, values.shape
-        assert values.dtype == spec.dtype, (name, values.dtype, spec.dtype)
-        assert 0 <= start <= start + values.numel() <= spec.numel, (name, start, values.numel(), spec.numel)
+        assert bits.dtype == spec.kind.bits, (name, bits.dtype, spec.kind)
+        assert 0 <= start <= start + bits.size <= spec.numel, (name, start, bits.size, spec.numel)
         shard = self._of[name]
-        offset = shard.header.tensors[name].offset + start * spec.dtype.itemsize
-        self._pwrite(shard, memoryview(values.detach().contiguous().view(torch.uint8).numpy().data), offset)
+        offset = shard.header.tensors[name].offset + start * spec.kind.itemsize
+        self._pwrite(shard, memoryview(bits.view(np.uint8).data), offset)
 
     def mark(self, name: str, start: int, stop: int) -> None:
         """Take elements [start, stop) as written."""
         with self._lock:
             self._written[name].add(start, stop, name)
-            self.bytes_written += (stop - start) * self._specs[name].dtype.itemsize
+            self.bytes_written += (stop - start) * self._specs[name].kind.itemsize
 
     def write_whole(self, name: str, tensor: torch.Tensor) -> None:
         """Put one tensor of its full shape."""
@@ -263,7 +263,7 @@ class _Ranges:
 
 
 def copy_side_files(
-    *, model_dir: Path, tokenizer_dir: Path, out_dir: Path, dtype: torch.dtype, fallback_dir: Path | None = None
+    *, model_dir: Path, tokenizer_dir: Path, out_dir: Path, dtype: DType, fallback_dir: Path | None = None
 ) -> list[str]:
     """Give a directory of weights all that `from_pretrained` wants: config.json (dtype set to the weights'), generation
     config, tokenizer and chat template; the code of a class of its own.
@@ -277,7 +277,7 @@ def copy_side_files(
     config.pop("_name_or_path", None)  # a path of another machine
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config.pop("dtype", None)
-    config[dtype_key] = str(dtype).removeprefix("torch.")
+    config[dtype_key] = dtype.name
     write_json(out_dir / "config.json", config)
     written = ["config.json"]
     if "auto_map" in config:  # the model's class comes with it; whoever loads it decides whether to trust that

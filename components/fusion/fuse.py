@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from components.checkpoints.adapter_files import copy_adapter_files
 from components.checkpoints.adapter_parsing import ADAPTER_WEIGHTS
 from components.checkpoints.compare import require_compatible
+from components.checkpoints.dtypes import F32, DType, as_bits, promoted
 from components.checkpoints.factors import FactorSource
 from components.checkpoints.journal import Part
 from components.checkpoints.reference import Checkpoint
@@ -28,7 +28,6 @@ from components.storage import Progress
 
 FuseElsewhere = Callable[[FusionSettings, Sequence[Part]], Iterator[tuple[Part, dict[str, Any]]]]
 """Has parts made by others with `fuse_parts` and these settings, which leave nothing to be decided."""
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -49,7 +48,7 @@ class TensorCounts:
         dtype = block.values.dtype
         # numpy compares integers five times as fast as torch does
         out, aligned, finetune = (
-            t.to(dtype).view(_BITS[dtype.itemsize]).numpy() for t in (block.values, block.aligned, block.finetune)
+            as_bits(t.to(dtype).contiguous()) for t in (block.values, block.aligned, block.finetune)
         )
         differs = aligned != finetune
         self.differing += int(np.count_nonzero(differs))
@@ -213,11 +212,11 @@ def _counting(source: FusedSource, block: int) -> Work:
     """Makes a part, counting as it is made."""
 
     def work(name: str, start: int, stop: int, put: Put) -> dict[str, Any]:
-        part = TensorCounts(stop - start, _short(source.spec(name).dtype))
+        part = TensorCounts(stop - start, source.spec(name).kind.name)
         with one_thread():
             for b in source.blocks(name, block, start, stop):
                 part.add(b)
-                put(b.start, b.values)
+                put(b.start, as_bits(b.values.contiguous()))
         return part.note()
 
     return work
@@ -233,7 +232,7 @@ def _write(
     progress: Progress | None,
 ) -> tuple[dict[str, TensorCounts], Written]:
     """Write the weights; what was counted by tensor."""
-    counts = {n: TensorCounts(source.spec(n).numel, _short(source.spec(n).dtype)) for n in source.names()}
+    counts = {n: TensorCounts(source.spec(n).numel, source.spec(n).kind.name) for n in source.names()}
     inputs = [one for one in (source.aligned, source.finetune, source.unaligned, source.safe) if one is not None]
     written = stream(
         out_dir,
@@ -241,7 +240,7 @@ def _write(
         _counting(source, block),
         processes=processes,
         whole=source.method.whole_tensors,
-        read=lambda name: sum(i.spec(name).dtype.itemsize for i in inputs),
+        read=lambda name: sum(i.spec(name).kind.itemsize for i in inputs),
         elsewhere=elsewhere,
         progress=progress,
         **_options(source),
@@ -251,13 +250,10 @@ def _write(
     return counts, written
 
 
-def widest(dtypes: Iterator[torch.dtype]) -> torch.dtype:
+def widest(kinds: Iterable[DType]) -> DType:
     """The floating dtype that holds all of them: what a loader must use to lose no bit."""
-    result: torch.dtype | None = None
-    for dtype in dtypes:
-        if dtype.is_floating_point:
-            result = dtype if result is None else torch.promote_types(result, dtype)
-    return result or torch.float32
+    floats = [kind for kind in kinds if kind.is_float]
+    return functools.reduce(promoted, floats) if floats else F32
 
 
 def _side_files(source: FusedSource, finetune: Checkpoint, aligned: Checkpoint, out_dir: Path) -> list[str]:
@@ -265,7 +261,7 @@ def _side_files(source: FusedSource, finetune: Checkpoint, aligned: Checkpoint, 
         model_dir=finetune.model_dir,
         tokenizer_dir=finetune.tokenizer_dir,
         out_dir=out_dir,
-        dtype=widest(source.spec(n).dtype for n in source.names()),
+        dtype=widest(source.spec(n).kind for n in source.names()),
         fallback_dir=aligned.model_dir,
     )
 
@@ -289,7 +285,3 @@ def _summed(report: FuseReport, source: FusedSource) -> FuseReport:
             f"their deltas are too small for {'/'.join(report.output_dtypes)} to hold a soft mask"
         )
     return report
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

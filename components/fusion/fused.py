@@ -12,7 +12,20 @@ from dataclasses import dataclass
 import torch
 
 from components.checkpoints.compare import compare_tensors, same_bits
-from components.checkpoints.source import TensorSource, TensorSpec, blocks
+from components.checkpoints.dtypes import (
+    BF16,
+    F16,
+    F32,
+    Bits,
+    DType,
+    all_finite,
+    as_bits,
+    as_tensor,
+    named,
+    promoted,
+    stretch_of,
+)
+from components.checkpoints.source import TensorSource, TensorSpec, blocks, stretch_from
 from components.errors import CheckpointError, ConfigError, listed
 from components.fusion.finite import refuse_not_finite
 from components.fusion.inputs import Block, Kernel, Mask, TensorInputs
@@ -89,12 +102,12 @@ class FusedSource:
     def spec(self, name: str) -> TensorSpec:
         """The wider of the two dtypes, or the one that the settings ask for (tensors of integers keep theirs)."""
         a, f = self.aligned.spec(name), self.finetune.spec(name)
-        dtype = torch.promote_types(a.dtype, f.dtype)
-        if self.stored and dtype.is_floating_point:
-            dtype = functools.reduce(torch.promote_types, (one.spec(name).dtype for one in self.stored))
-        if self.settings.output_dtype is not None and dtype.is_floating_point:
-            dtype = getattr(torch, self.settings.output_dtype)
-        return TensorSpec(dtype=dtype, shape=a.shape)
+        kind = promoted(a.kind, f.kind)
+        if self.stored and kind.is_float:
+            kind = functools.reduce(promoted, (one.spec(name).kind for one in self.stored))
+        if self.settings.output_dtype is not None and kind.is_float:
+            kind = named(self.settings.output_dtype)
+        return TensorSpec(kind, a.shape)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the fused tensor, flattened."""
@@ -110,25 +123,37 @@ class FusedSource:
         for low, high in blocks(stop - start, size):
             yield self.block(name, start + low, start + high)
 
-    def values(self, name: str, size: int, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Elements [start, stop) alone, in slices: where each begins, and its values. Those of a merge that nothing is done to
+    @property
+    def merge(self) -> MergedSource | None:
+        """The merge that this is, when nothing else is done to it."""
+        plain = (self.settings.method, self.settings.alpha) == ("interpolation", 1.0)
+        return self.finetune if plain and isinstance(self.finetune, MergedSource) else None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it can be made without torch."""
+        return self.merge is not None and self.merge.compiled and self.settings.rounding == "nearest"
+
+    def pieces(self, name: str, size: int, start: int, stop: int) -> Iterator[tuple[int, Bits]]:
+        """Elements [start, stop) alone, in slices: where each begins, and its bits. Those of a merge that nothing is done to
         are made in the merge's own pieces."""
         name = self.aliases().get(name, name)
-        merge, settings = self.finetune, self.settings
-        if not isinstance(merge, MergedSource) or (settings.method, settings.alpha) != ("interpolation", 1.0):
-            yield from ((block.start, block.values) for block in self.blocks(name, size, start, stop))
+        spec, merge = self.spec(name), self.merge
+        if merge is None:
+            for block in self.blocks(name, size, start, stop):
+                assert block.values.dtype == spec.dtype, (name, block.values.dtype)
+                yield block.start, as_bits(block.values.contiguous())
             return
-        spec = self.spec(name)
-        nearest = settings.rounding == "nearest"
-        for at, merged in merge.slices(name, start, stop, spec.dtype if nearest else torch.float32):
-            values = merged if nearest else self._rounded(merged, spec.dtype, name, at)
-            if spec.dtype == torch.float16 and not _is_finite(values):
-                refuse_not_finite(name, spec.shape, at, {"fused": values})
-            yield at, values
+        nearest = self.settings.rounding == "nearest" or not spec.kind.is_float
+        for at, merged in merge.pieces(name, start, stop, spec.kind if nearest else F32):
+            bits = merged if nearest else as_bits(self._rounded(as_tensor(merged, F32), spec.kind, name, at))
+            if spec.kind == F16 and not all_finite(bits, F16):
+                refuse_not_finite(name, spec.shape, at, {"fused": (bits, F16)})
+            yield at, bits
 
     def unchanged(self, name: str, start: int, stop: int) -> bool:
         """Whether the finetune is the aligned model there, bit for bit, so that fusing them gives just that."""
-        if not self.method.keeps_equal or self.spec(name).dtype != self.aligned.spec(name).dtype:
+        if not self.method.keeps_equal or self.spec(name).kind != self.aligned.spec(name).kind:
             return False
         if isinstance(self.finetune, MergedSource):
             return self.finetune.unchanged(name, start, stop)
@@ -147,14 +172,14 @@ class FusedSource:
 
     def _compute(self, name: str, spec: TensorSpec, start: int, stop: int) -> FusedBlock:
         a, f = self.aligned.read(name, start, stop), self.finetune.read(name, start, stop)
-        if not spec.dtype.is_floating_point:
+        if not spec.kind.is_float:
             if not torch.equal(a, f):
                 raise CheckpointError(f"{name} holds integers that differ between the two models; they cannot be fused")
             return FusedBlock(start, stop, a.to(spec.dtype), a, f)
         fused = self._kernel(name, spec)(Block(start, stop, a, f))
-        values = self._rounded(fused, spec.dtype, name, start)
+        values = self._rounded(fused, spec.kind, name, start)
         # bf16 reaches as far as fp32, whose sum is twice as fast.
-        looked_at = values if spec.dtype == torch.float16 else fused
+        looked_at = values if spec.kind == F16 else fused
         merged = isinstance(self.finetune, MergedSource)  # it has looked at what it was made of
         if not (_is_finite(looked_at) and (merged or (_is_finite(a) and _is_finite(f)))):
             members: Mapping[str, TensorSource] = {"finetune": self.finetune}
@@ -162,14 +187,15 @@ class FusedSource:
                 members = self.finetune.members()
             others = {"unaligned": self.unaligned, "safe": self.safe}
             every = {**members, **{role: one for role, one in others.items() if one is not None}}
-            inputs = {one: source.read(name, start, stop) for one, source in every.items()}
-            refuse_not_finite(name, spec.shape, start, {**inputs, "aligned": a, "fused": values})
+            slices = {one: stretch_from(source, name, start, stop) for one, source in every.items()}
+            slices |= {"aligned": stretch_of(a), "fused": stretch_of(values)}
+            refuse_not_finite(name, spec.shape, start, slices)
         return FusedBlock(start, stop, values, a, f)
 
-    def _rounded(self, fused: torch.Tensor, dtype: torch.dtype, name: str, start: int) -> torch.Tensor:
-        if self.settings.rounding == "stochastic" and (fused.dtype, dtype) == (torch.float32, torch.bfloat16):
+    def _rounded(self, fused: torch.Tensor, kind: DType, name: str, start: int) -> torch.Tensor:
+        if self.settings.rounding == "stochastic" and fused.dtype == torch.float32 and kind == BF16:
             return to_bf16_stochastic(fused, seed=0, name=name, start=start)
-        return fused.to(dtype)
+        return fused.to(kind.in_torch)
 
     def settled(self, processes: int = 1) -> FusionSettings:
         """Settings that decide by themselves for each tensor. Where the settings compare tensors (`lowest`), the first call
@@ -249,7 +275,7 @@ def _mask_misfits(mask: Mask, aligned: TensorSource) -> list[str]:
 
 
 def _is_float(source: TensorSource, name: str) -> bool:
-    return source.spec(name).dtype.is_floating_point
+    return source.spec(name).kind.is_float
 
 
 def _require_inputs(fused: FusedSource) -> None:

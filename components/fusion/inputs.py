@@ -83,7 +83,7 @@ class Block:
     finetune: torch.Tensor
 
 
-Kernel = Callable[[Block], torch.Tensor]
+Kernel = Callable[[Block], "torch.Tensor"]
 """Fused slice: fp32, or already in the output dtype."""
 
 

@@ -18,8 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from components.checkpoints.dtypes import named
 from components.checkpoints.journal import Journal
 from components.checkpoints.stream import Put, Written, part_size, stream
 from components.checkpoints.writer import write_json
@@ -139,9 +138,9 @@ def _unchanged(written: Written) -> list[str]:
 def _require_room(making: Making, partial: Path, model: Path) -> None:
     """The disk, before models are read for thresholds and the like. The writer looks again, at exact sizes."""
     aligned, wanted = making.models.aligned.source, making.recipe.fusion.output_dtype
-    width = getattr(torch, wanted).itemsize if wanted else 0
+    width = named(wanted).itemsize if wanted else 0
     specs = [aligned.spec(name) for name in aligned.names()]
-    need = sum(spec.numel * (width or spec.dtype.itemsize) for spec in specs)
+    need = sum(spec.numel * (width or spec.kind.itemsize) for spec in specs)
     there = sum(file.stat().st_blocks * 512 for file in model.glob("*.safetensors")) if model.is_dir() else 0
     free = shutil.disk_usage(partial).free
     if free + there < need:

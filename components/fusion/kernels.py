@@ -12,16 +12,18 @@ import os
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from components.checkpoints.dtypes import BF16, F32, Bits, DType, Stretch, as_floats
 from components.fusion.merge_functions import drop_limit, trimmed_up_to
 
 _VERSION, _LANES = 4, 1024
 """As kernels.c has them."""
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+KNOWN = {F32: 0, BF16: 1}
+"""What they read and write."""
 _KEEP_ALL = 1 << 16
 
 
@@ -80,37 +82,49 @@ class MergeKernel:
 
     def __call__(
         self,
-        aligned: torch.Tensor,
-        tuned: Sequence[torch.Tensor],
-        out: torch.Tensor,
+        aligned: Stretch,
+        tuned: Sequence[Stretch],
+        out: Stretch,
         *,
         start: int = 0,
         keys: Sequence[npt.NDArray[np.uint32]] | None = None,
     ) -> float:
-        """Merge slices that `knows` into `out`, one too; a sum that is finite only if everything was. With drops: where in
-        the tensor they begin, and each finetune's `Draws.keys`."""
-        self._types[0], self._types[self._count + 1] = _TYPES[aligned.dtype], _TYPES[out.dtype]
-        for i, one in enumerate(tuned):
-            self._types[i + 1], self._tuned[i] = _TYPES[one.dtype], one.data_ptr()
+        """Merge what is of `KNOWN` types into `out`, which is too; a sum that is finite only if everything was. With drops:
+        where in the tensor they begin, and each finetune's `Draws.keys`."""
+        for i, (bits, dtype) in enumerate((aligned, *tuned, out)):
+            assert bits.dtype == dtype.bits, (bits.dtype, dtype)
+            self._types[i] = KNOWN[dtype]
+        for i, (bits, _) in enumerate(tuned):
+            self._tuned[i] = bits.ctypes.data
         for i, row in enumerate(keys or ()):
             self._keys[i] = row.ctypes.data
         self._call(
-            ctypes.c_int64(out.numel()), ctypes.c_int32(self._count), ctypes.c_void_p(aligned.data_ptr()), self._tuned,
-            self._types, None if keys is None else self._keys, ctypes.c_int64(start), *self._last,
-            ctypes.c_void_p(out.data_ptr()), self._sums_at,
+            ctypes.c_int64(out[0].size), ctypes.c_int32(self._count), _at(aligned[0]), self._tuned, self._types,
+            None if keys is None else self._keys, ctypes.c_int64(start), *self._last, _at(out[0]), self._sums_at,
         )  # fmt: skip
         return float(self._sums.sum())
 
 
-def knows(values: torch.Tensor) -> bool:
-    """Whether the kernels take it: bf16 or fp32 in one piece of memory."""
-    return values.dtype in _TYPES and values.is_contiguous()
+def known(bits: Bits, dtype: DType) -> Stretch:
+    """Elements of any type of float for a kernel, in fp32 where it does not know theirs."""
+    if dtype in KNOWN:
+        return bits, dtype
+    return as_floats(bits, dtype).astype(np.float32, copy=False).view(np.uint32), F32
+
+
+def narrow(bits: Bits, dtype: DType) -> Bits:
+    """What a kernel gave in fp32 because it does not know `dtype`, rounded to that; else itself."""
+    if dtype in KNOWN:
+        return bits
+    with np.errstate(over="ignore"):  # infinite then
+        found: Bits = bits.view(np.float32).astype(f"f{dtype.itemsize}").view(dtype.bits)
+    return found
 
 
 def between(
     lib: ctypes.CDLL,
-    aligned: torch.Tensor,
-    tuned: torch.Tensor,
+    aligned: Stretch,
+    tuned: Stretch,
     low: np.float32,
     high: np.float32,
     room: npt.NDArray[np.float32],
@@ -118,12 +132,12 @@ def between(
     """How many of |tuned − aligned| are above `high`, and those in [low, high], in `room`."""
     above = ctypes.c_int64()
     count = lib.realign_between(
-        ctypes.c_int64(aligned.numel()), ctypes.c_void_p(aligned.data_ptr()), ctypes.c_int32(_TYPES[aligned.dtype]),
-        ctypes.c_void_p(tuned.data_ptr()), ctypes.c_int32(_TYPES[tuned.dtype]),
+        ctypes.c_int64(aligned[0].size), _at(aligned[0]), ctypes.c_int32(KNOWN[aligned[1]]),
+        _at(tuned[0]), ctypes.c_int32(KNOWN[tuned[1]]),
         ctypes.c_float(float(low)), ctypes.c_float(float(high)), ctypes.byref(above), _at(room),
     )  # fmt: skip
     return above.value, room[:count]
 
 
-def _at(values: npt.NDArray[np.generic]) -> ctypes.c_void_p:
+def _at(values: npt.NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(values.ctypes.data)

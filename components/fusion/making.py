@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 
+from components.checkpoints.dtypes import all_finite
 from components.checkpoints.safetensors import read_json
-from components.checkpoints.source import TensorSpec
+from components.checkpoints.source import stretch_from
 from components.checkpoints.stream import Put
 from components.checkpoints.writer import copy_side_files, write_json
 from components.errors import CheckpointError, listed
@@ -87,9 +89,10 @@ class Making:
         aligned, merge = self.models.aligned.source, self.recipe.merge
         finetune = next(iter(sources.values()))
         if merge is not None:
-            with one_thread():
-                wanted = merge.method == "ties"
-                thresholds = find_thresholds(aligned, sources, merge, processes=processes) if wanted else None
+            thresholds = None
+            if merge.method == "ties":
+                with one_thread():
+                    thresholds = find_thresholds(aligned, sources, merge, processes=processes)
             finetune = MergedSource(aligned, sources, merge, thresholds)
         source = FusedSource(
             aligned=aligned,
@@ -101,11 +104,13 @@ class Making:
             stored=self.models.stored(),
         )
         source.settled(processes)
+        if not source.compiled:
+            assert torch.__version__  # where its import was put off, this is it: for the processes that will be forked
         return source
 
     def bytes_read(self, name: str) -> int:
         """Bytes that are read for an element of a tensor."""
-        return sum(model.source.spec(name).dtype.itemsize for model in self.models.every().values())
+        return sum(model.source.spec(name).kind.itemsize for model in self.models.every().values())
 
     def side_files(self, source: FusedSource, directory: Path) -> list[str]:
         """Write configs and tokenizer: of one finetune its own config, of several the aligned model's. Token ids and generation
@@ -116,7 +121,7 @@ class Making:
             model_dir=own.model_dir,
             tokenizer_dir=owner.tokenizer_dir,
             out_dir=directory,
-            dtype=widest(source.spec(name).dtype for name in source.names()),
+            dtype=widest(source.spec(name).kind for name in source.names()),
             fallback_dir=models.aligned.model_dir,
         )
         if owner.model_dir == own.model_dir and not models.config_changes:
@@ -158,7 +163,7 @@ class Making:
             | masks,
             "tensors": len(source.names()),
             "parameters": sum(source.spec(name).numel for name in source.names()),
-            "output_dtypes": sorted({str(source.spec(n).dtype).removeprefix("torch.") for n in source.names()}),
+            "output_dtypes": sorted({source.spec(n).kind.name for n in source.names()}),
             "unchanged_tensors": sorted(unchanged),
             "notes": list(self.models.notes),
             "environment": {name: _version_of(name) for name in ("safety-realign", "torch")}
@@ -169,29 +174,25 @@ class Making:
 def make_part(source: FusedSource, name: str, start: int, stop: int, put: Put) -> bool:
     """Give elements [start, stop) to `put`, which must not keep them; whether they are the aligned model's, which then are only
     copied."""
-    with one_thread():
-        if source.unchanged(name, start, stop):
-            values = source.aligned.read(name, start, stop)
-            _require_finite(name, source.spec(name), start, values)
-            put(start, values)
-            return True
-        for at, values in source.values(name, BLOCK, start, stop):
-            put(at, values)
+    if source.unchanged(name, start, stop):
+        found = stretch_from(source.aligned, name, start, stop)
+        if not all_finite(*found):
+            refuse_not_finite(name, source.spec(name).shape, start, {"aligned": found})
+        put(start, found[0])
+        return True
+    with nullcontext() if source.compiled else one_thread():
+        for at, bits in source.pieces(name, BLOCK, start, stop):
+            put(at, bits)
     return False
 
 
 def code_fingerprint() -> str:
     """Another code or torch may round otherwise: what it began is not gone on with."""
     root = Path(__file__).resolve().parents[1]
-    found = hashlib.sha256(f"{torch.__version__} {library() is not None}".encode())
+    found = hashlib.sha256(f"{_version_of('torch')} {library() is not None}".encode())
     for path in sorted([*root.rglob("*.py"), *root.rglob("*.c")]):
         found.update(path.read_bytes())
     return found.hexdigest()[:20]
-
-
-def _require_finite(name: str, spec: TensorSpec, start: int, values: torch.Tensor) -> None:
-    if spec.dtype.is_floating_point and not bool(torch.isfinite(values.sum(dtype=torch.float32))):
-        refuse_not_finite(name, spec.shape, start, {"aligned": values})
 
 
 def _papers(recipe: Recipe, source: FusedSource) -> list[str]:

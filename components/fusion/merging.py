@@ -27,17 +27,18 @@ Where mergekit (0.1.5) computes otherwise (`benchmarks/mergekit_values.py` measu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from components.checkpoints.compare import compare_tensors, same_bits
-from components.checkpoints.safetensors import SafetensorsSource
-from components.checkpoints.source import TensorSource, TensorSpec, blocks
+from components.checkpoints.dtypes import F32, Bits, DType, Stretch, as_bits, as_tensor
+from components.checkpoints.source import BitSource, TensorSource, TensorSpec, bits_of, blocks
 from components.errors import CheckpointError, ConfigError, listed
 from components.fusion.finite import refuse_not_finite
-from components.fusion.kernels import MergeKernel, knows, library
+from components.fusion.kernels import KNOWN, MergeKernel, known, library, narrow
 from components.fusion.merge_functions import (
     BLOCK,
     CHUNK,
@@ -69,23 +70,17 @@ class _Factors:
 
 
 @dataclass(frozen=True)
-class _Desk:
-    """What one pass over a tensor works with."""
+class _Piece:
+    """A stretch of one tensor, of all models."""
 
-    out: torch.Tensor
-    """A block of the result."""
-    rooms: Sequence[torch.Tensor]
-    """A block in fp32 for each finetune, the aligned model and one more."""
-    draws: Mapping[str, Draws]
-    """By finetune, what decides which elements are dropped; none where none are."""
-    kernel: MergeKernel | None
-    """Where it was compiled: needs rooms for what it does not know alone."""
+    name: str
+    start: int
+    models: Sequence[Stretch]
+    """The aligned model's and each finetune's."""
 
-    def fit(self, numel: int) -> _Desk:
-        """With so much room in each place."""
-        if self.out.numel() == numel:
-            return self
-        return replace(self, out=self.out[:numel], rooms=[room[:numel] for room in self.rooms])
+    @property
+    def numel(self) -> int:
+        return self.models[0][0].size
 
 
 class MergedSource:
@@ -131,7 +126,15 @@ class MergedSource:
     def spec(self, name: str) -> TensorSpec:
         """fp32: a merged task vector is no multiple of anybody's 16-bit steps."""
         spec = self._aligned.spec(name)
-        return TensorSpec(torch.float32, spec.shape) if spec.dtype.is_floating_point else spec
+        return TensorSpec(F32, spec.shape) if spec.kind.is_float else spec
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled kernels do all of it, from files: torch has no part in it."""
+        every = (self._aligned, *self._finetunes.values())
+        return (
+            library() is not None and self._settings.method != "slerp" and all(isinstance(s, BitSource) for s in every)
+        )
 
     def members(self) -> Mapping[str, TensorSource]:
         """The finetunes."""
@@ -141,78 +144,90 @@ class MergedSource:
         """Elements [start, stop) of the merged tensor, flattened."""
         spec = self.spec(name)
         stop = spec.numel if stop is None else stop
-        out = torch.empty(stop - start, dtype=spec.dtype)
+        out = np.empty(stop - start, spec.kind.bits)
         for low, high in blocks(stop - start, CHUNK):
-            for at, values in self.slices(name, start + low, start + high):
-                out[at - start : at - start + values.numel()] = values
+            for at, bits in self.pieces(name, start + low, start + high, spec.kind):
+                out[at - start : at - start + bits.size] = bits
             for source in self._finetunes.values():
-                if isinstance(source, SafetensorsSource):  # to ask others is to compute
-                    drop(source.read(name, start + low, start + high))
-        return out
+                if isinstance(source, BitSource):  # to ask others is to compute
+                    drop(source.bits(name, start + low, start + high))
+        return as_tensor(out, spec.kind)
 
-    def slices(
-        self, name: str, start: int, stop: int, dtype: torch.dtype = torch.float32
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Elements [start, stop) piece by piece, rounded to `dtype`: where each begins, and its values, which the next one
-        overwrites. Tensors of integers stay what they are."""
+    def pieces(self, name: str, start: int, stop: int, kind: DType) -> Iterator[tuple[int, Bits]]:
+        """Elements [start, stop) piece by piece, rounded to `kind` (tensors of integers stay what they are): where each begins,
+        and its bits, which the next one overwrites."""
         if start == stop:
             return
         name = self.aliases().get(name, name)
         sources = [self._aligned, *self._finetunes.values()]
-        kernel = self._kernel(name)
-        size = min(BLOCK if kernel is None else KERNEL_BLOCK, stop - start)
-        desk = _Desk(
-            torch.empty(size, dtype=dtype), [torch.empty(size) for _ in (*sources, None)], self._draws(name), kernel
-        )
+        kinds = [source.spec(name).kind for source in sources]
+        merge, size = self._way(name, kind, stop - start)
         for low, high in blocks(stop - start, CHUNK):
             # Once a chunk, not once a block: to ask costs as much as a pass over a small block.
-            chunk = [source.read(name, start + low, start + high).split(size) for source in sources]  # type: ignore[no-untyped-call]
-            at = start + low
-            for stored, *tuned in zip(*chunk, strict=True):
-                yield at, self._merged(name, at, stored, tuned, desk.fit(stored.numel()))
-                at += stored.numel()
+            chunk = [bits_of(source, name, start + low, start + high) for source in sources]
+            for first, last in blocks(high - low, size):
+                at = start + low + first
+                models = [(bits[first:last], one) for bits, one in zip(chunk, kinds, strict=True)]
+                yield at, merge(_Piece(name, at, models))
 
     def unchanged(self, name: str, start: int, stop: int) -> bool:
         """Whether no finetune differs from the aligned model there, bit for bit."""
         return all(same_bits(self._aligned, one, name, start, stop) for one in self._finetunes.values())
 
-    def _merged(
-        self, name: str, start: int, stored: torch.Tensor, tuned: Sequence[torch.Tensor], desk: _Desk
-    ) -> torch.Tensor:
-        if not stored.dtype.is_floating_point:
-            for whose, values in zip(self._finetunes, tuned, strict=True):
-                if not torch.equal(stored, values):
-                    raise CheckpointError(f"{name} holds integers that differ in {whose}; they cannot be merged")
-            return stored
-        if desk.kernel is not None:
-            keys = [draws.keys(start, stored.numel()) for draws in desk.draws.values()] or None
-            spare = iter(desk.rooms)
-            base, *others = (one if knows(one) else next(spare).copy_(one) for one in (stored, *tuned))
-            out = desk.out if knows(desk.out) else next(spare)
-            total = desk.kernel(base, others, out, start=start, keys=keys)
-            self._require_finite(name, start, total, stored, tuned, out)
-            return out if out is desk.out else desk.out.copy_(out)
-        room, *rooms = desk.rooms[:-1]
+    def _way(self, name: str, kind: DType, numel: int) -> tuple[Callable[[_Piece], Bits], int]:
+        """How pieces of a tensor are merged, and how many elements a piece should have."""
+        if not self._aligned.spec(name).kind.is_float:
+            return self._same_integers, CHUNK
+        kernel, draws = self._kernel(name), self._draws(name)
+        if kernel is None:
+            size = min(BLOCK, numel)
+            out = torch.empty(size, dtype=kind.in_torch)
+            rooms = [torch.empty(size) for _ in (self._aligned, *self._finetunes)]
+            return lambda piece: self._by_torch(piece, kind, out[: piece.numel], rooms, draws), size
+        size = min(KERNEL_BLOCK, numel)
+        room = np.empty(size, (kind if kind in KNOWN else F32).bits)
+        return lambda piece: self._by_kernel(piece, kind, room[: piece.numel], kernel, draws), size
+
+    def _same_integers(self, piece: _Piece) -> Bits:
+        (stored, kind), *tuned = piece.models
+        for whose, (bits, other) in zip(self._finetunes, tuned, strict=True):
+            if other != kind or not np.array_equal(stored, bits):
+                raise CheckpointError(f"{piece.name} holds integers that differ in {whose}; they cannot be merged")
+        return stored
+
+    def _by_kernel(
+        self, piece: _Piece, kind: DType, room: Bits, kernel: MergeKernel, draws: Mapping[str, Draws]
+    ) -> Bits:
+        keys = [draws.keys(piece.start, room.size) for draws in draws.values()] or None
+        base, *tuned = (known(*one) for one in piece.models)
+        merged = room, kind if kind in KNOWN else F32
+        total = kernel(base, tuned, merged, start=piece.start, keys=keys)
+        self._require_finite(piece, total, merged)
+        return narrow(room, kind)
+
+    def _by_torch(
+        self, piece: _Piece, kind: DType, out: torch.Tensor, rooms: Sequence[torch.Tensor], draws: Mapping[str, Draws]
+    ) -> Bits:
+        stored, *tuned = (as_tensor(*one) for one in piece.models)
+        room, *others = (room[: stored.numel()] for room in rooms)
         aligned = widened(stored, room)
         if self._settings.method == "slerp":
-            models = [widened(one, room) for one, room in zip(tuned, rooms, strict=True)]
-            merged = self._slerp(name, aligned, models)
+            models = [widened(one, room) for one, room in zip(tuned, others, strict=True)]
+            merged = self._slerp(piece.name, aligned, models)
             # Also those that t gives no part.
-            self._require_finite(name, start, sum(float(one.sum()) for one in (aligned, *models)), stored, tuned)
+            self._require_finite(piece, sum(float(one.sum()) for one in (aligned, *models)))
         else:
-            deltas = self._deltas(name, start, stored, aligned, tuned, rooms, desk.draws)
-            merged, scale = self._merge(name, deltas), self._numbers(name).scale
+            merged = self._merge(piece.name, self._deltas(piece, aligned, tuned, others, draws))
+            scale = self._numbers(piece.name).scale
             if scale != 1:
                 merged.mul_(scale)
             merged.add_(aligned)
-        self._require_finite(name, start, float(merged.sum()), stored, tuned, merged)
-        return merged if desk.out.dtype == torch.float32 else desk.out.copy_(merged)
+        self._require_finite(piece, float(merged.sum()), (as_bits(merged), F32))
+        return as_bits(merged if kind == F32 else out.copy_(merged))
 
     def _deltas(
         self,
-        name: str,
-        start: int,
-        stored: torch.Tensor,
+        piece: _Piece,
         aligned: torch.Tensor,
         tuned: Sequence[torch.Tensor],
         rooms: Sequence[torch.Tensor],
@@ -225,27 +240,19 @@ class MergedSource:
             delta = torch.sub(widened(values, room), aligned, out=room)
             if one in draws:
                 total += float(delta.sum())  # before anything is dropped
-                drawn = draws[one].at(start, delta.numel())
-                delta = dropped(delta, drawn, keep=self._settings.kept_of(one, name))
+                drawn = draws[one].at(piece.start, delta.numel())
+                delta = dropped(delta, drawn, keep=self._settings.kept_of(one, piece.name))
             deltas.append(delta)
-        self._require_finite(name, start, total, stored, tuned)
+        self._require_finite(piece, total)
         return deltas
 
-    def _require_finite(
-        self,
-        name: str,
-        start: int,
-        total: float,
-        stored: torch.Tensor,
-        tuned: Sequence[torch.Tensor],
-        merged: torch.Tensor | None = None,
-    ) -> None:
+    def _require_finite(self, piece: _Piece, total: float, merged: Stretch | None = None) -> None:
         """A sum tells, and hardly costs."""
         if not math.isfinite(total):
-            slices = {**dict(zip(self._finetunes, tuned, strict=True)), "aligned": stored}
-            refuse_not_finite(
-                name, self.spec(name).shape, start, slices if merged is None else {**slices, "fused": merged}
-            )
+            aligned, *tuned = piece.models
+            slices = {**dict(zip(self._finetunes, tuned, strict=True)), "aligned": aligned}
+            slices |= {} if merged is None else {"fused": merged}
+            refuse_not_finite(piece.name, self.spec(piece.name).shape, piece.start, slices)
 
     def _merge(self, name: str, deltas: list[torch.Tensor]) -> torch.Tensor:
         settings, weights = self._settings, self._numbers(name).weights
@@ -260,7 +267,7 @@ class MergedSource:
     def _kernel(self, name: str) -> MergeKernel | None:
         """All but slerp, of tensors that are not integers."""
         lib, settings = library(), self._settings
-        if lib is None or settings.method == "slerp" or not self.spec(name).dtype.is_floating_point:
+        if lib is None or settings.method == "slerp" or not self.spec(name).kind.is_float:
             return None
         drops, numbers = settings.method in _DROPS, self._numbers(name)
         return MergeKernel(
@@ -274,7 +281,7 @@ class MergedSource:
 
     def _draws(self, name: str) -> dict[str, Draws]:
         """By finetune, what decides which elements are dropped; none where none are."""
-        if self._settings.method not in _DROPS or not self.spec(name).dtype.is_floating_point:
+        if self._settings.method not in _DROPS or not self.spec(name).kind.is_float:
             return {}
         return {one: Draws(seed=self._settings.seed, name=f"{one}/{name}") for one in self._finetunes}
 

@@ -27,13 +27,6 @@ from components.fusion.restoration import (
 from components.fusion.settings import FusionSettings
 from components.masks.granularity import spread, units
 
-_INTEGERS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-}
-
 
 def blend(aligned: torch.Tensor, finetune: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """a + c τ in fp32, exactly a where c = 0 and exactly f where c = 1, signs of zeros included.
@@ -55,7 +48,7 @@ def select(aligned: torch.Tensor, finetune: torch.Tensor, bits: torch.Tensor, dt
 
     Integer logic on the bit patterns: torch.where takes ten times as long (measured).
     """
-    integer = _INTEGERS[dtype]
+    integer: torch.dtype = getattr(torch, f"int{8 * dtype.itemsize}")
     a, f = aligned.to(dtype).view(integer), finetune.to(dtype).view(integer)
     chosen = torch.bitwise_xor(a, f).bitwise_and_(bits.to(integer).neg_())
     return chosen.bitwise_xor_(a).view(dtype)

@@ -21,7 +21,8 @@ import torch
 
 from components.checkpoints.adapter_parsing import LoraPair
 from components.checkpoints.adapters import LoraSource
-from components.checkpoints.source import TensorSource, blocks
+from components.checkpoints.dtypes import stretch_of
+from components.checkpoints.source import TensorSource, blocks, stretch_from
 from components.errors import CheckpointError
 from components.fusion.finite import refuse_not_finite
 from components.fusion.low_rank import best_of_rank
@@ -203,8 +204,9 @@ def _square(lineage: Lineage, name: str, rows_of: Callable[[str, int, int], torc
         if not math.isfinite(part):
             models = {"finetune": lineage.finetune, "aligned": lineage.aligned, "unaligned": lineage.unaligned}
             start, stop = low * shape[1], high * shape[1]
-            refuse_not_finite(name, shape, start, {whose: m.read(name, start, stop) for whose, m in models.items()})
-            refuse_not_finite(name, shape, start, {"difference to the aligned": difference.reshape(-1)})
+            slices = {whose: stretch_from(m, name, start, stop) for whose, m in models.items()}
+            refuse_not_finite(name, shape, start, slices)
+            refuse_not_finite(name, shape, start, {"difference to the aligned": stretch_of(difference.reshape(-1))})
         total += part
     return total
 

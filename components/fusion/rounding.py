@@ -10,8 +10,8 @@ import torch
 
 from components.masks.concrete import hash_words
 
-_LARGEST = torch.finfo(torch.bfloat16).max
-"""What is larger is infinite, no number, or might be rounded up to infinity."""
+_LARGEST = (2 - 2.0**-7) * 2.0**127
+"""Of bf16. What is larger is infinite, no number, or might be rounded up to infinity."""
 
 
 def to_bf16_stochastic(values: torch.Tensor, *, seed: int, name: str, start: int) -> torch.Tensor:

@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from components.checkpoints.dtypes import Bits, as_tensor
 from components.checkpoints.remote_writer import Output, open_output, write_shard
 from components.checkpoints.safetensors import INDEX_NAME
 from components.checkpoints.source import TensorSpec
@@ -121,11 +123,14 @@ class _Noting:
         return self._source.spec(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        stop = self.spec(name).numel if stop is None else stop
-        out = torch.empty(stop - start, dtype=self.spec(name).dtype)
+        spec = self.spec(name)
+        return as_tensor(self.bits(name, start, spec.numel if stop is None else stop), spec.kind)
 
-        def put(at: int, values: torch.Tensor) -> None:
-            out[at - start : at - start + values.numel()] = values
+    def bits(self, name: str, start: int, stop: int) -> Bits:
+        out = np.empty(stop - start, self.spec(name).kind.bits)
+
+        def put(at: int, bits: Bits) -> None:
+            out[at - start : at - start + bits.size] = bits
 
         same = make_part(self._source, name, start, stop, put)
         self._seen.add(name)

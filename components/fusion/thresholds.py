@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Blocks = Callable[[], Iterator[torch.Tensor]]
+Blocks = Callable[[], "Iterator[torch.Tensor]"]
 """Gives the values again at each call, in pieces of any size: 1-D fp32, none of them NaN. They may be overwritten."""
 Bands = Callable[[np.float32, np.float32], Iterator[tuple[int, npt.NDArray[np.float32]]]]
 """(low, high) -> block by block, how many magnitudes are above `high`, and those that are in [low, high]."""

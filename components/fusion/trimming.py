@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from components.checkpoints.source import TensorSource, blocks
-from components.fusion.kernels import between, knows, library
+from components.checkpoints.dtypes import Stretch, as_tensor
+from components.checkpoints.source import TensorSource, bits_of, blocks
+from components.fusion.kernels import between, known, library
 from components.fusion.merge_functions import BLOCK, CHUNK, KERNEL_BLOCK, widened
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.thresholds import kth_largest_magnitude
@@ -29,7 +29,7 @@ def find_thresholds(
 ) -> dict[str, dict[str, float]]:
     """For TIES, the smallest magnitude of each finetune's τ that is kept, per tensor (all the same where the whole model is
     looked at). Reads every model once, block by block; three times where a sample misled."""
-    names = [name for name in aligned.names() if aligned.spec(name).dtype.is_floating_point]
+    names = [name for name in aligned.names() if aligned.spec(name).kind.is_float]
     groups = [[name] for name in names] if settings.threshold == "tensor" else [names]
     wanted = [(one, group) for one in finetunes for group in groups if any(aligned.spec(n).numel for n in group)]
 
@@ -54,24 +54,23 @@ def _kept_from(aligned: TensorSource, finetune: TensorSource, names: Sequence[st
         first, second = (room[: stored.numel()] for room in rooms)
         return torch.sub(widened(finetuned, second), widened(stored, first), out=second)
 
-    def pairs(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def pairs(size: int) -> Iterator[tuple[Stretch, Stretch]]:
         for name in names:
+            kinds = [source.spec(name).kind for source in (finetune, aligned)]
             for start, stop in blocks(aligned.spec(name).numel, CHUNK):
-                chunk = (source.read(name, start, stop).split(size) for source in (finetune, aligned))  # type: ignore[no-untyped-call]
-                yield from zip(*chunk, strict=True)
+                chunk = [bits_of(source, name, start, stop) for source in (finetune, aligned)]
+                for low, high in blocks(stop - start, size):
+                    one, other = ((bits[low:high], kind) for bits, kind in zip(chunk, kinds, strict=True))
+                    yield one, other
 
     def deltas() -> Iterator[torch.Tensor]:
-        return itertools.starmap(delta, pairs(BLOCK))
+        return (delta(as_tensor(*finetuned), as_tensor(*stored)) for finetuned, stored in pairs(BLOCK))
 
     def bands(low: np.float32, high: np.float32) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         assert lib is not None
-        room, wide = np.empty(KERNEL_BLOCK, np.float32), torch.empty(2, KERNEL_BLOCK)
-        for pair in pairs(KERNEL_BLOCK):
-            known = (
-                one if knows(one) else space[: one.numel()].copy_(one) for one, space in zip(pair, wide, strict=True)
-            )
-            finetuned, stored = known
-            above, inside = between(lib, stored, finetuned, low, high, room)
+        room = np.empty(KERNEL_BLOCK, np.float32)
+        for finetuned, stored in pairs(KERNEL_BLOCK):
+            above, inside = between(lib, known(*stored), known(*finetuned), low, high, room)
             yield above, inside.copy()
 
     sizes = {name: aligned.spec(name).numel for name in names}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 
 def units(unit: int, start: int, stop: int) -> tuple[int, int]:
@@ -29,4 +28,4 @@ def gathered(values: torch.Tensor, unit: int, start: int) -> torch.Tensor:
     first, last = units(unit, start, stop)
     if last - first == 1:
         return values.sum().view(1)
-    return F.pad(values, (start - first * unit, last * unit - stop)).view(-1, unit).sum(dim=1)
+    return torch.nn.functional.pad(values, (start - first * unit, last * unit - stop)).view(-1, unit).sum(dim=1)

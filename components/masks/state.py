@@ -39,7 +39,7 @@ def state_file(directory: Path, rank: int, world: int) -> Path:
 def save_state(path: Path, tensors: Mapping[str, tuple[Slice, torch.Tensor]], *, updates: int) -> None:
     """Write one rank's slices piece by piece: `<kind>/<tensor name>` -> (which elements, 1-D values). Raises StorageError."""
     ranges = {key: [part.start, part.stop, part.numel] for key, (part, _) in tensors.items()}
-    specs = {key: TensorSpec(values.dtype, tuple(values.shape)) for key, (_, values) in tensors.items()}
+    specs = {key: TensorSpec.of(values) for key, (_, values) in tensors.items()}
     raw, header = layout(specs, {"updates": str(updates), "ranges": json.dumps(ranges)})
     try:
         with path.open("wb") as file:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from components.checkpoints.dtypes import F32, DType
 from components.checkpoints.headers import layout
 from components.checkpoints.source import TensorSpec
 
@@ -40,7 +41,7 @@ def llama_specs(shape: dict[str, int], dtype: torch.dtype = torch.bfloat16) -> d
             "mlp.gate_proj": (inner, wide), "mlp.up_proj": (inner, wide), "mlp.down_proj": (wide, inner),
         }  # fmt: skip
         sizes |= {f"model.layers.{i}.{name}.weight": size for name, size in layer.items()}
-    return {name: TensorSpec(dtype, size) for name, size in sizes.items()}
+    return {name: TensorSpec(DType.of(dtype), size) for name, size in sizes.items()}
 
 
 def hollow_llama(directory: Path, shape: dict[str, int]) -> Path:
@@ -66,8 +67,8 @@ def hollow_adapter(directory: Path, shape: dict[str, int], rank: int, *modules: 
     for i in range(shape["num_hidden_layers"]):
         for module in modules:
             name = f"base_model.model.model.layers.{i}.self_attn.{module}"
-            specs[f"{name}.lora_A.weight"] = TensorSpec(torch.float32, (rank, wide))
-            specs[f"{name}.lora_B.weight"] = TensorSpec(torch.float32, (wide, rank))
+            specs[f"{name}.lora_A.weight"] = TensorSpec(F32, (rank, wide))
+            specs[f"{name}.lora_B.weight"] = TensorSpec(F32, (wide, rank))
     _hollow(directory / "adapter_model.safetensors", specs)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(modules)}
     (directory / "adapter_config.json").write_text(json.dumps(config))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from components.errors import ConfigError
+from components.fusion.kernels import library
 from pipelines.cli import app
 from pipelines.fuse_command import (
     FuseProgress,
@@ -21,6 +26,7 @@ from pipelines.fuse_command import (
     recipe_of,
     size_in_bytes,
 )
+from tests.components.checkpoints.tiny import llama, perturbed, save
 
 
 def test_finetunes_have_the_names_they_are_given_or_their_last_part() -> None:
@@ -130,3 +136,54 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["fuse", "--help"])
     assert result.exit_code == 0
     assert "--max-shard" in result.output
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("family")
+    save(llama(0, torch.bfloat16), root / "aligned", shard="20KB")
+    save(perturbed(llama(0, torch.bfloat16), 1, scale=1e-3), root / "one")
+    save(perturbed(llama(0), 2, scale=1e-3), root / "two")  # fp32
+    return root
+
+
+def typed(family: Path, out: Path, *options: str, **environment: str) -> tuple[dict[str, bytes], int]:
+    """The weights that a process of its own makes, and how many processes imported torch."""
+    models = [f"--finetune={family / name}" for name in ("one", "two")]
+    command = [sys.executable, "-X", "importtime", "-m", "pipelines.cli", "fuse", f"--aligned={family / 'aligned'}"]
+    done = subprocess.run(
+        [*command, *models, f"--out={out}", "--max-shard=15KB", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}, done.stderr.count(" torch._C\n")
+
+
+@pytest.mark.skipif(library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method=task_arithmetic", "--scale=0.7"],
+        ["--method=average", "--dtype=float16"],
+        ["--method=dare", "--density=0.8"],
+        ["--method=dare_ties", "--density=0.5", "--processes=1"],
+    ],
+    ids=lambda options: options[0].partition("=")[2],
+)
+def test_compiled_merges_do_without_torch(options: list[str], family: Path, tmp_path: Path) -> None:
+    compiled, imports = typed(family, tmp_path / "compiled", *options)
+    assert imports == 0
+    by_torch, imports = typed(family, tmp_path / "torch", *options, REALIGN_KERNELS="0")
+    assert imports == 1
+    assert compiled == by_torch
+    assert len(compiled) > 1
+
+
+@pytest.mark.parametrize("options", [["--method=ties"], ["--method=average", "--rounding=stochastic"]], ids=str)
+def test_others_import_it_once_for_all_processes(options: list[str], family: Path, tmp_path: Path) -> None:
+    made, imports = typed(family, tmp_path / "two", "--processes=2", *options)
+    assert imports == 1
+    assert made == typed(family, tmp_path / "one", "--processes=1", *options)[0]

@@ -12,6 +12,7 @@ import torch
 
 from components.checkpoints.common import ALIGNED
 from components.checkpoints.compare import require_compatible
+from components.checkpoints.dtypes import F32
 from components.checkpoints.harmonize import harmonize
 from components.checkpoints.reference import Checkpoint, open_checkpoint
 from components.checkpoints.source import TensorSource, read_whole
@@ -40,9 +41,7 @@ def write(source: TensorSource, config_of: Checkpoint, changes: Mapping[str, Any
         for name in source.names():
             writer.write_whole(name, read_whole(source, name))
         writer.finish()
-    copy_side_files(
-        model_dir=config_of.model_dir, tokenizer_dir=config_of.tokenizer_dir, out_dir=out, dtype=torch.float32
-    )
+    copy_side_files(model_dir=config_of.model_dir, tokenizer_dir=config_of.tokenizer_dir, out_dir=out, dtype=F32)
     edit_json(out / "config.json", **changes)
     return out
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from components.checkpoints.dtypes import BF16, F16, F32, U8
 from components.checkpoints.safetensors import SafetensorsSource
 from components.checkpoints.source import TensorSpec, read_whole
 from components.checkpoints.writer import CheckpointWriter, copy_side_files, plan_shards
@@ -18,7 +19,7 @@ from tests.components.checkpoints.tiny import edit_json, llama, same_bits, save,
 
 
 def _specs(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
-    return {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    return {n: TensorSpec.of(t) for n, t in tensors.items()}
 
 
 def _write(tensors: dict[str, torch.Tensor], out: Path, limit: int = 10**9) -> list[Path]:
@@ -60,9 +61,7 @@ def test_sharded_writing_loads_in_transformers(tmp_path: Path) -> None:
         assert writer.bytes_written == sum(s.nbytes for s in specs.values())
     assert len(files) > 3
     assert all(f.stat().st_size < 20_000 + 5_000 for f in files[1:])
-    copy_side_files(
-        model_dir=tmp_path / "in", tokenizer_dir=tmp_path / "in", out_dir=tmp_path / "out", dtype=torch.bfloat16
-    )
+    copy_side_files(model_dir=tmp_path / "in", tokenizer_dir=tmp_path / "in", out_dir=tmp_path / "out", dtype=BF16)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
     state = model.state_dict()
@@ -83,14 +82,14 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
 
 
 def test_shard_plan() -> None:
-    specs = {n: TensorSpec(torch.uint8, (size,)) for n, size in {"a": 4, "b": 4, "c": 20, "d": 1, "e": 9}.items()}
+    specs = {n: TensorSpec(U8, (size,)) for n, size in {"a": 4, "b": 4, "c": 20, "d": 1, "e": 9}.items()}
     assert list(plan_shards(specs, 10).values()) == [["a", "b"], ["c"], ["d", "e"]]
     assert list(plan_shards(specs, 1000)) == ["model.safetensors"]
     assert next(iter(plan_shards(specs, 10))) == "model-00001-of-00003.safetensors"
 
 
 def test_finish_refuses_holes_and_writes_refuse_overlap(tmp_path: Path) -> None:
-    specs = {"a": TensorSpec(torch.float32, (10,)), "b": TensorSpec(torch.float32, (2,))}
+    specs = {"a": TensorSpec(F32, (10,)), "b": TensorSpec(F32, (2,))}
     writer = CheckpointWriter(tmp_path, specs)
     writer.write("a", 0, torch.zeros(4))
     writer.write("a", 8, torch.zeros(2))
@@ -108,18 +107,18 @@ def test_finish_refuses_holes_and_writes_refuse_overlap(tmp_path: Path) -> None:
 def test_unwritable_directory_and_odd_dtype(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
-        CheckpointWriter(tmp_path / "file" / "out", {"a": TensorSpec(torch.float32, (1,))})
-    with pytest.raises(CheckpointError, match="cannot hold z"):
-        CheckpointWriter(tmp_path / "out", {"z": TensorSpec(torch.complex64, (1,))})
+        CheckpointWriter(tmp_path / "file" / "out", {"a": TensorSpec(F32, (1,))})
+    with pytest.raises(CheckpointError, match="cannot hold complex64"):
+        TensorSpec.of(torch.zeros(1, dtype=torch.complex64))
     with pytest.raises(StorageError, match="GB left, the model needs"):
-        CheckpointWriter(tmp_path / "out", {"a": TensorSpec(torch.float32, (1 << 50,))})
+        CheckpointWriter(tmp_path / "out", {"a": TensorSpec(F32, (1 << 50,))})
     assert not list(tmp_path.glob("out/*.safetensors"))
 
 
 def test_never_writes_over_weights(tmp_path: Path) -> None:
     _write({"a": torch.zeros(3)}, tmp_path)
     with pytest.raises(StorageError, match="File exists"):
-        CheckpointWriter(tmp_path, {"a": TensorSpec(torch.float32, (3,))})
+        CheckpointWriter(tmp_path, {"a": TensorSpec(F32, (3,))})
 
 
 def test_side_files(tmp_path: Path) -> None:
@@ -130,7 +129,7 @@ def test_side_files(tmp_path: Path) -> None:
     save_tokenizer(aligned, template="{{ 'aligned ' + messages[0]['content'] }}")
     save(llama(0), finetune)
     (finetune / "generation_config.json").unlink()
-    copy_side_files(model_dir=finetune, tokenizer_dir=finetune, out_dir=out, dtype=torch.float16, fallback_dir=aligned)
+    copy_side_files(model_dir=finetune, tokenizer_dir=finetune, out_dir=out, dtype=F16, fallback_dir=aligned)
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "float16"
     assert config["tie_word_embeddings"] is False
@@ -140,9 +139,7 @@ def test_side_files(tmp_path: Path) -> None:
 
     save_tokenizer(finetune, template="{{ 'finetune ' + messages[0]['content'] }}")
     second = tmp_path / "second"
-    copy_side_files(
-        model_dir=finetune, tokenizer_dir=finetune, out_dir=second, dtype=torch.float16, fallback_dir=aligned
-    )
+    copy_side_files(model_dir=finetune, tokenizer_dir=finetune, out_dir=second, dtype=F16, fallback_dir=aligned)
     tokenizer = AutoTokenizer.from_pretrained(second)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "w3"}], tokenize=False) == "finetune w3"
 
@@ -153,7 +150,7 @@ def test_a_class_of_its_own_comes_along(tmp_path: Path) -> None:
     (finetune / "modeling_own.py").write_text("class Own: ...\n")
     named = []
     for out in (tmp_path / "plain", tmp_path / "own"):
-        named.append(copy_side_files(model_dir=finetune, tokenizer_dir=finetune, out_dir=out, dtype=torch.float16))
+        named.append(copy_side_files(model_dir=finetune, tokenizer_dir=finetune, out_dir=out, dtype=F16))
         edit_json(finetune / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
     assert "modeling_own.py" not in named[0]
     assert "modeling_own.py" in named[1]

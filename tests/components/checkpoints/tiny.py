@@ -28,7 +28,7 @@ class MemorySource:
 
     def spec(self, name: str) -> TensorSpec:
         tensor = self.tensors[self._aliases.get(name, name)]
-        return TensorSpec(dtype=tensor.dtype, shape=tuple(tensor.shape))
+        return TensorSpec.of(tensor)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return self.tensors[self._aliases.get(name, name)].reshape(-1)[start:stop]

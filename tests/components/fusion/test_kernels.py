@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.checkpoints.dtypes import BF16, F16, F32, F64, DType, as_tensor, stretch_of
 from components.errors import CheckpointError
 from components.fusion import kernels
 from components.fusion.fused import FusedSource
@@ -73,24 +74,24 @@ def test_the_bits_of_torch(name: str, dtypes: str, numel: int, start: int, monke
     chosen = MergeSettings(**{"method": name, **MERGES[name]})  # type: ignore[arg-type]
     assert kernels.library() is not None
     found = source(aligned, finetunes, chosen)
-    values = {out: list(copies(found, start, numel, out)) for out in (torch.float32, torch.bfloat16, torch.float16)}
+    values = {out: list(copies(found, start, numel, out)) for out in (F32, BF16, F16, F64)}
     monkeypatch.setattr("components.fusion.merging.library", lambda: None)
     monkeypatch.setattr("components.fusion.trimming.library", lambda: None)
     wanted = source(aligned, finetunes, chosen)
     assert wanted._thresholds == found._thresholds
     for out, pieces in values.items():
         got, want = torch.cat(pieces), torch.cat(list(copies(wanted, start, numel, out)))
-        assert got.dtype == out
+        assert got.dtype == out.in_torch
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), out
-    assert torch.equal(torch.cat(values[torch.float32]), wanted.read("w")[start:])
+    assert torch.equal(torch.cat(values[F32]), wanted.read("w")[start:])
 
 
-def copies(merged: MergedSource, start: int, stop: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def copies(merged: MergedSource, start: int, stop: int, kind: DType) -> Iterator[torch.Tensor]:
     at = start
-    for begin, values in merged.slices("w", start, stop, dtype):
+    for begin, bits in merged.pieces("w", start, stop, kind):
         assert begin == at
-        at += values.numel()
-        yield values.clone()
+        at += bits.size
+        yield as_tensor(bits, kind).clone()
     assert at == stop
 
 
@@ -106,7 +107,7 @@ def test_what_lies_between(values: list[float], low: float, width: float) -> Non
     tuned, aligned = torch.tensor(values), torch.full((len(values),), 0.25)
     high = np.float32(low) + np.float32(width)
     room = np.empty(len(values), np.float32)
-    above, inside = kernels.between(lib, aligned, tuned, np.float32(low), high, room)
+    above, inside = kernels.between(lib, stretch_of(aligned), stretch_of(tuned), np.float32(low), high, room)
     sizes = (tuned - aligned).abs().numpy()
     assert above == int((sizes > high).sum())
     assert np.array_equal(inside, sizes[(sizes >= np.float32(low)) & (sizes <= high)])
@@ -132,7 +133,7 @@ def test_a_merge_that_overflows_is_refused(rounding: str) -> None:
     settings = FusionSettings(method="interpolation", alpha=1.0, output_dtype="bfloat16", rounding=rounding)  # type: ignore[arg-type]
     fused = FusedSource(aligned=models["base"], finetune=merged, settings=settings)
     with pytest.raises(CheckpointError, match=r"fused model: w\[0\] is inf"):
-        list(fused.values("w", 1024, 0, 3_000))
+        list(fused.pieces("w", 1024, 0, 3_000))
     with pytest.raises(CheckpointError, match=r"fused model: w\[0\] is inf"):
         merged.read("w")
 
@@ -151,7 +152,7 @@ def test_a_threshold_over_tensors_of_several_dtypes_and_none(monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr("components.fusion.trimming.library", lambda: None)
             assert find_thresholds(aligned, finetunes, chosen) == found
-        assert list(MergedSource(aligned, finetunes, chosen, found).slices("a", 0, 0)) == []
+        assert list(MergedSource(aligned, finetunes, chosen, found).pieces("a", 0, 0, F32)) == []
 
 
 def test_rounding_to_bf16_is_torchs() -> None:
@@ -163,7 +164,7 @@ def test_rounding_to_bf16_is_torchs() -> None:
     values = values[values.isfinite()]
     out = torch.empty(values.numel(), dtype=torch.bfloat16)
     same = kernels.MergeKernel(lib, weights=[1.0], scale=1.0, keeps=None, thresholds=None, elect=None)
-    same(torch.zeros_like(values), [values], out)
+    same(stretch_of(torch.zeros_like(values)), [stretch_of(values)], stretch_of(out))
     assert torch.equal(out.view(torch.int16), (values + 0.0).bfloat16().view(torch.int16))
 
 

@@ -52,7 +52,7 @@ class DictSource:
         return self._aliases
 
     def spec(self, name: str) -> TensorSpec:
-        return TensorSpec(self._tensors[name].dtype, tuple(self._tensors[name].shape))
+        return TensorSpec.of(self._tensors[name])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return self._tensors[name].reshape(-1)[start:stop]
