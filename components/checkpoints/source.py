@@ -5,6 +5,7 @@ Sharded safetensors, a LoRA adapter over its base, and a delta are implementatio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,17 @@ class InFiles(Protocol):
 
 
 def bits_of(source: TensorSource, name: str, start: int, stop: int) -> Bits:
-    """Elements [start, stop) of any source as plain memory, without torch where it is `BitSource`."""
-    return source.bits(name, start, stop) if isinstance(source, BitSource) else as_bits(source.read(name, start, stop))
+    """Elements [start, stop) of any source as plain memory, without torch where it is a `BitSource`."""
+    if has_bits(type(source)):
+        found: Bits = source.bits(name, start, stop)  # type: ignore[attr-defined]
+        return found
+    return as_bits(source.read(name, start, stop))
+
+
+@functools.cache
+def has_bits(kind: type) -> bool:
+    """Whether sources of a class are `BitSource`s; to look at a protocol's methods takes as long as to read a block."""
+    return issubclass(kind, BitSource)
 
 
 def stretch_from(source: TensorSource, name: str, start: int, stop: int) -> Stretch:

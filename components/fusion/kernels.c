@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 4
+#define VERSION 5
 #define LANES 1024
 #define HASH_BLOCK 65536
 #define KEEP_ALL 65536
@@ -39,9 +39,10 @@ INLINE void widen(const void *values, int32_t type, int64_t at, int n, float *re
         return;
     }
     const uint16_t *restrict halves = (const uint16_t *)values + at;
-    uint32_t bits[LANES];
-    for (int i = 0; i < n; i++) bits[i] = (uint32_t)halves[i] << 16;
-    memcpy(out, bits, sizeof(float) * n);
+    for (int i = 0; i < n; i++) {
+        uint32_t bits = (uint32_t)halves[i] << 16;
+        memcpy(out + i, &bits, sizeof bits);
+    }
 }
 
 /* n fp32 values to element `at` and on of either type; bf16 to the nearest, ties to even, as torch does. */
@@ -51,11 +52,11 @@ INLINE void narrow(const float *restrict values, int32_t type, int64_t at, int n
         return;
     }
     uint16_t *restrict halves = (uint16_t *)out + at;
-    uint32_t bits[LANES];
-    memcpy(bits, values, sizeof(float) * n);
     for (int i = 0; i < n; i++) {
-        uint32_t rounded = (bits[i] + 0x7FFF + ((bits[i] >> 16) & 1)) >> 16;
-        halves[i] = (uint16_t)((bits[i] & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+        uint32_t bits;
+        memcpy(&bits, values + i, sizeof bits);
+        uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+        halves[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
     }
 }
 
@@ -130,20 +131,88 @@ INLINE void elect(float (*restrict rows)[LANES], int32_t count, const float *wei
     for (int i = 0; i < n; i++) out[i] /= sign[i] < 1e-12f ? 1e-12f : sign[i];
 }
 
+/* So many floats that the compiler can keep them in registers (GCC's and Clang's vectors, whatever the processor has). */
+#define WIDE 16
+typedef float floats __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t shorts __attribute__((vector_size(2 * WIDE)));
+
+INLINE void load(const void *values, int32_t type, int64_t at, floats *out) {
+    if (type == FP32) {
+        memcpy(out, (const float *)values + at, sizeof *out);
+        return;
+    }
+    shorts halves;
+    memcpy(&halves, (const uint16_t *)values + at, sizeof halves);
+    words bits = __builtin_convertvector(halves, words) << 16;
+    memcpy(out, &bits, sizeof bits);
+}
+
+INLINE void store(const floats *values, int32_t type, int64_t at, void *out) {
+    if (type == FP32) {
+        memcpy((float *)out + at, values, sizeof *values);
+        return;
+    }
+    words bits;
+    memcpy(&bits, values, sizeof bits);
+    words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, no_number = (words)((bits & 0x7FFFFFFF) > 0x7F800000);
+    shorts halves = __builtin_convertvector((no_number & 0x7FC0) | (~no_number & rounded), shorts);
+    memcpy((uint16_t *)out + at, &halves, sizeof halves);
+}
+
+/* A weighted sum needs no row: elements go through all of it in registers, twice as fast (measured). `type`: that of all models,
+ * or -1. `numel` is a multiple of WIDE. Returns a number that is finite only where the result is. */
+INLINE double linear(int64_t numel, int32_t count, const void *aligned, const void *const *tuned, const int32_t *types,
+                     int32_t type, const float *weights, float scale, void *out) {
+    double all = 0.0;
+    for (int64_t begin = 0; begin < numel; begin += LANES) {
+        int64_t end = begin + LANES < numel ? begin + LANES : numel;
+        floats lanes = {0};
+        for (int64_t at = begin; at < end; at += WIDE) {
+            floats base, total, one;
+            load(aligned, type < 0 ? types[0] : type, at, &base);
+            load(tuned[0], type < 0 ? types[1] : type, at, &total);
+            total = (total - base) * weights[0];
+            for (int32_t t = 1; t < count; t++) {
+                load(tuned[t], type < 0 ? types[t + 1] : type, at, &one);
+                total += (one - base) * weights[t];
+            }
+            total = total * scale + base;
+            lanes += total;
+            store(&total, type < 0 ? types[count + 1] : type, at, out);
+        }
+        for (int i = 0; i < WIDE; i++) all += lanes[i];
+    }
+    return all;
+}
+
 /* out = aligned + scale · merge of (tuned_t − aligned), `numel` elements.
  *
  * types: of aligned, of each tuned, of out. keys: NULL, or of each stream of draws; `start` is where in the tensor the slice
- * begins. Kept is what is drawn below limits[t], and divided by keeps[t] (nothing is done where limits[t] is KEEP_ALL). below: |τ| up to it is trimmed, negative for none. signs: 0 a weighted
- * sum, 1 TIES' sum, 2 TIES' mean. rows: room for count × LANES floats. sums: of each τ before anything is dropped (with
- * draws), last of the result, for the caller to see whether all is finite.
+ * begins. Kept is what is drawn below limits[t], and divided by keeps[t] (nothing is done where limits[t] is KEEP_ALL).
+ * below: |τ| up to it is trimmed, negative for none. signs: 0 a weighted sum, 1 TIES' sum, 2 TIES' mean. rows: room for
+ * count × LANES floats. sums: of each τ before anything is dropped (with draws), last of the result, for the caller to see
+ * whether all is finite.
  */
 FOR_EACH_CPU
 void realign_merge(int64_t numel, int32_t count, const void *aligned, const void *const *tuned, const int32_t *types,
                    const uint32_t (*const *keys)[2], int64_t start, const int32_t *limits, const float *keeps,
-                   const float *weights, const float *below, int32_t signs, float scale, float (*restrict rows)[LANES], void *out, double *sums) {
+                   const float *weights, const float *below, int32_t signs, float scale, float (*restrict rows)[LANES],
+                   void *out, double *sums) {
     float base[LANES], total[LANES];
-    for (int32_t t = 0; t <= count; t++) sums[t] = 0.0;
-    for (int64_t at = 0; at < numel; at += LANES) {
+    int64_t at = 0;
+    int plain = !keys && !signs, halves = types[count + 1] == BF16;
+    for (int32_t t = 0; t <= count; t++) {
+        sums[t] = 0.0;
+        plain &= t == count || below[t] < 0.0f;
+        halves &= types[t] == BF16;
+    }
+    if (plain) {
+        at = numel / WIDE * WIDE;
+        sums[count] += halves ? linear(at, count, aligned, tuned, types, BF16, weights, scale, out)
+                              : linear(at, count, aligned, tuned, types, -1, weights, scale, out);
+    }
+    for (; at < numel; at += LANES) {
         int n = numel - at < LANES ? (int)(numel - at) : LANES;
         widen(aligned, types[0], at, n, base);
         for (int32_t t = 0; t < count; t++) {

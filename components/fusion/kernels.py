@@ -20,7 +20,7 @@ import numpy.typing as npt
 from components.checkpoints.dtypes import BF16, F32, Bits, DType, Stretch, as_floats
 from components.fusion.merge_functions import drop_limit, trimmed_up_to
 
-_VERSION, _LANES = 4, 1024
+_VERSION, _LANES = 5, 1024
 """As kernels.c has them."""
 KNOWN = {F32: 0, BF16: 1}
 """What they read and write."""

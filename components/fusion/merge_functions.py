@@ -22,11 +22,9 @@ from components.masks.concrete import hash_keys, mask_halves
 
 BLOCK = 131_072
 """Elements of each model worked on at once: small enough for a core's cache (measured)."""
-KERNEL_BLOCK = 1 << 18
-"""Elements for a compiled kernel, which keeps no more than the result."""
 CHUNK = 1 << 20
-"""Elements that are asked for at once; after as many, files' pages are let go of: often enough to hold few, seldom enough not
-to fetch any twice."""
+"""Elements that are asked for at once, and that a compiled kernel works on, which keeps no more than the result; after as many,
+files' pages are let go of: often enough to hold few, seldom enough not to fetch any twice."""
 _COLINEAR = 0.9995
 """The cosine from which on an arc is taken for a line (mergekit's)."""
 

@@ -35,14 +35,13 @@ import torch
 
 from components.checkpoints.compare import compare_tensors, same_bits
 from components.checkpoints.dtypes import F32, Bits, DType, Stretch, as_bits, as_tensor
-from components.checkpoints.source import BitSource, TensorSource, TensorSpec, bits_of, blocks
+from components.checkpoints.source import TensorSource, TensorSpec, bits_of, blocks, has_bits
 from components.errors import CheckpointError, ConfigError, listed
 from components.fusion.finite import refuse_not_finite
 from components.fusion.kernels import KNOWN, MergeKernel, known, library, narrow
 from components.fusion.merge_functions import (
     BLOCK,
     CHUNK,
-    KERNEL_BLOCK,
     Angle,
     Draws,
     angle_between,
@@ -132,9 +131,7 @@ class MergedSource:
     def compiled(self) -> bool:
         """Whether compiled kernels do all of it, from files: torch has no part in it."""
         every = (self._aligned, *self._finetunes.values())
-        return (
-            library() is not None and self._settings.method != "slerp" and all(isinstance(s, BitSource) for s in every)
-        )
+        return library() is not None and self._settings.method != "slerp" and all(has_bits(type(one)) for one in every)
 
     def members(self) -> Mapping[str, TensorSource]:
         """The finetunes."""
@@ -149,8 +146,8 @@ class MergedSource:
             for at, bits in self.pieces(name, start + low, start + high, spec.kind):
                 out[at - start : at - start + bits.size] = bits
             for source in self._finetunes.values():
-                if isinstance(source, BitSource):  # to ask others is to compute
-                    drop(source.bits(name, start + low, start + high))
+                if has_bits(type(source)):  # to ask others is to compute
+                    drop(bits_of(source, name, start + low, start + high))
         return as_tensor(out, spec.kind)
 
     def pieces(self, name: str, start: int, stop: int, kind: DType) -> Iterator[tuple[int, Bits]]:
@@ -184,7 +181,7 @@ class MergedSource:
             out = torch.empty(size, dtype=kind.in_torch)
             rooms = [torch.empty(size) for _ in (self._aligned, *self._finetunes)]
             return lambda piece: self._by_torch(piece, kind, out[: piece.numel], rooms, draws), size
-        size = min(KERNEL_BLOCK, numel)
+        size = min(CHUNK, numel)
         room = np.empty(size, (kind if kind in KNOWN else F32).bits)
         return lambda piece: self._by_kernel(piece, kind, room[: piece.numel], kernel, draws), size
 

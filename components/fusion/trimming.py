@@ -11,12 +11,14 @@ import torch
 from components.checkpoints.dtypes import Stretch, as_tensor
 from components.checkpoints.source import TensorSource, bits_of, blocks
 from components.fusion.kernels import between, known, library
-from components.fusion.merge_functions import BLOCK, CHUNK, KERNEL_BLOCK, widened
+from components.fusion.merge_functions import BLOCK, CHUNK, widened
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.thresholds import kth_largest_magnitude
 from components.mapped import QUICK, return_freed_memory
 from components.workers import spread
 
+_KERNEL_BLOCK = 1 << 18
+"""Elements for a compiled kernel at once: what it finds is copied while it is in the cache."""
 _TASTE, _SAMPLE = 512, 1 << 16
 """Elements that are read in one place, and in all, to find where a threshold must lie."""
 
@@ -68,8 +70,8 @@ def _kept_from(aligned: TensorSource, finetune: TensorSource, names: Sequence[st
 
     def bands(low: np.float32, high: np.float32) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         assert lib is not None
-        room = np.empty(KERNEL_BLOCK, np.float32)
-        for finetuned, stored in pairs(KERNEL_BLOCK):
+        room = np.empty(_KERNEL_BLOCK, np.float32)
+        for finetuned, stored in pairs(_KERNEL_BLOCK):
             above, inside = between(lib, known(*stored), known(*finetuned), low, high, room)
             yield above, inside.copy()
 
