@@ -24,13 +24,23 @@ def import_late(name: str) -> None:
     sys.modules[name] = module
 
 
+def import_now(module: ModuleType) -> None:
+    """Run a module that is late, before processes are forked that would each have to."""
+    if isinstance(module, _Late):
+        module.run()
+
+
 class _Late(ModuleType):
     """Not yet run."""
 
     def __getattr__(self, name: str) -> Any:
-        """Run it; its own attribute. Nothing is collected meanwhile, and what it made not later either: to look through all of
-        torch's objects for garbage a few times takes a tenth of its import (measured), and would give every fork pages of its
-        own."""
+        """Run it; its own attribute."""
+        self.run()
+        return getattr(self, name)
+
+    def run(self) -> None:
+        """Become what it is. Nothing is collected meanwhile, and what it made not later either: to look through all of torch's
+        objects for garbage a few times takes a tenth of its import (measured), and would give every fork pages of its own."""
         spec = self.__spec__
         assert spec is not None
         assert spec.loader is not None
@@ -46,4 +56,3 @@ class _Late(ModuleType):
         finally:
             gc.freeze()
             gc.enable()
-        return getattr(self, name)

@@ -41,7 +41,7 @@ def named_finetunes(given: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def named_numbers(option: str, given: Iterable[str]) -> dict[str, float]:
+def named_numbers(option: str, given: Iterable[str], *, of: str = "name") -> dict[str, float]:
     """`name=number`. Raises ConfigError for anything else."""
     found: dict[str, float] = {}
     for one in given:
@@ -53,7 +53,7 @@ def named_numbers(option: str, given: Iterable[str]) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not equals or not name:
-            raise ConfigError(f"{option} {one}: give it as name=number")
+            raise ConfigError(f"{option} {one}: give it as {of}=number")
     return found
 
 
@@ -82,6 +82,9 @@ def recipe_of(
     """Everything typed, checked together. Raises ConfigError."""
     if others.get("mask") and not numbers.get("form"):
         raise ConfigError("a mask needs --form: soft or binary")
+    of_a_mask = [f"--{key}" for key in _OF_A_MASK if numbers.get(key)]
+    if of_a_mask and not others.get("mask") and method != "masked":
+        raise ConfigError(f"{' and '.join(of_a_mask)}: say how a mask is used; give the --mask, or leave it out")
     merge, fusion = settings_of(method, numbers, output)
     try:
         return Recipe(aligned=aligned, finetunes=finetunes, merge=merge, fusion=fusion, **others)
@@ -90,7 +93,8 @@ def recipe_of(
 
 
 def _of_method(method: str, text: str) -> str:
-    return text if text.startswith((f"method {method}", f"{method} ")) else f"method {method}: {text}"
+    known = (f"method {method}", f"{method} ", "vocabulary: ", "one_sided: ")
+    return text if text.startswith(known) else f"method {method}: {text}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Typed:
         numbers = {
             **self.numbers,
             "weights": named_numbers("--weight", self.weights),
-            "layers": named_numbers("--layer", self.layers),
+            "layers": named_numbers("--layer", self.layers, of="pattern"),
         }
         output = {**self.output, "max_shard_bytes": size_in_bytes(self.max_shard)}
         if self.mergekit is None:
@@ -166,6 +170,8 @@ class Typed:
 def fuse_typed(typed: Typed, out: str, *, processes: int | None, durable: bool, overwrite: bool) -> None:
     """Make it, and say so."""
     import_late("torch")  # compiled merges are made without it
+    if not out:
+        raise ConfigError("--out is empty; name the directory that the model gets")
     recipe = typed.recipe()
     from components.workers import available_processes
 
@@ -232,15 +238,19 @@ def outcome(place: str, record: Mapping[str, Any], *, made: bool) -> str:
     """What was made, in a few lines."""
     if not made:
         return f"{place} is that very model already (fingerprint {record['fingerprint']})\n"
-    moved = (record["bytes_read"] + record["bytes_written"]) / 1e9
+    moved = _size(record["bytes_read"] + record["bytes_written"])
     lines = [
         f"{place}: {record['method']} of {', '.join(record['recipe']['finetunes'])} on {record['recipe']['aligned']}",
         f"{record['parameters']:,} parameters in {', '.join(record['output_dtypes'])}, "
         f"{len(record['unchanged_tensors'])} of {record['tensors']} tensors unchanged; "
-        f"{moved:.2f} GB in {record['seconds']:.1f} s",
+        f"{moved} read and written in {record['seconds']:.1f} s",
         *(f"note: {note}" for note in record["notes"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _clock(seconds: float) -> str:

@@ -160,8 +160,9 @@ def relative_distance(aligned: TensorSource, other: TensorSource, *, sample: int
         if len(spec.shape) < 2 or not spec.kind.is_float:
             continue
         a, f = (_doubles(source, name, min(spec.numel, sample)) for source in (aligned, other))
-        apart += float(np.square(f - a).sum())
-        size += float(np.square(a).sum())
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told elsewhere, where it stands
+            apart += float(np.square(f - a).sum())
+            size += float(np.square(a).sum())
     return math.sqrt(apart / size) if size else 0.0
 
 
@@ -198,13 +199,14 @@ def same_bits(one: TensorSource, other: TensorSource, name: str, start: int, sto
     for low, high in (*blocks(min(stop - start, _PEEK), _PEEK), *blocks(stop - start, _BLOCK)):
         a, b = (bits_of(source, name, start + low, start + high) for source in (one, other))
         # Bytes, because a NaN is no number's equal and zeros have signs; numpy's, which stop being slow at eight at a time.
-        if not np.array_equal(_words(a), _words(b)):
+        if not np.array_equal(*_words(a, b)):
             return False
     return True
 
 
-def _words(bits: Bits) -> Bits:
-    return bits.view(np.uint64) if bits.nbytes % 8 == 0 and bits.ctypes.data % 8 == 0 else bits
+def _words(a: Bits, b: Bits) -> tuple[Bits, Bits]:
+    aligned = a.nbytes % 8 == 0 and a.ctypes.data % 8 == 0 and b.ctypes.data % 8 == 0
+    return (a.view(np.uint64), b.view(np.uint64)) if aligned else (a, b)
 
 
 def _doubles(source: TensorSource, name: str, count: int) -> npt.NDArray[np.float64]:

@@ -6,7 +6,7 @@ separate in another, vocabularies of different sizes, tensors that only some hav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -62,14 +62,26 @@ def harmonize(
     problems = [*plan.problems, *_differences(models, whole), *_clashes(models, tokens, plan.resized)]
     if problems:
         count = f"{len(problems)} difference{'s' if len(problems) > 1 else ''}"
+        remedy = _remedy(problems, vocabulary, one_sided)
         raise CheckpointError(
-            f"these finetunes of {aligned.path} cannot be fused ({count}): {listed(problems, _SHOWN)}; "
-            "give finetunes of that model, or choose what becomes of vocabularies of other sizes (pad, truncate) and of "
-            "tensors that only some models have (keep, drop)"
+            f"these finetunes of {aligned.path} cannot be fused ({count}): {listed(problems, _SHOWN)}; {remedy}"
         )
     tokenizer = ALIGNED if vocabulary == "truncate" else _largest_vocabulary(models, tokens, plan)
     finetuned = {label: model for label, model in whole.items() if label != ALIGNED}
     return Harmonized(whole[ALIGNED], finetuned, changes, tokenizer, plan.notes)
+
+
+def _remedy(problems: Sequence[str], vocabulary: VocabularyPolicy, one_sided: OneSidedPolicy) -> str:
+    """What might help: policies only where nothing else is wrong."""
+    configs = [what for what in problems if ": config " in what and ": config vocab_size " not in what]
+    resized = vocabulary == "error" and any(": config vocab_size " in what for what in problems)
+    lacking = one_sided == "error" and any(" is missing (" in what or " is extra (" in what for what in problems)
+    ways = ["give finetunes of that model"]
+    if resized and not configs:
+        ways.append("say what becomes of vocabularies of other sizes (--vocabulary pad or truncate)")
+    if lacking and not configs:
+        ways.append("say what becomes of tensors that only some models have (--one-sided keep or drop)")
+    return ", or ".join(ways)
 
 
 def _wrapped(model: Checkpoint, plan: Plan, label: str, changes: Mapping[str, Any]) -> Checkpoint:

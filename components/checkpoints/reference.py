@@ -92,7 +92,9 @@ def _open(
 ) -> Checkpoint:
     path = model.path
     if not path.is_dir():
-        what = "is a file, not a model directory" if path.exists() else "does not exist"
+        what = (
+            "is a file, not a model directory" if path.exists() else "does not exist (of the hub: owner/name@revision)"
+        )
         raise CheckpointError(f"{path}: {what}")
     is_adapter = model.has(ADAPTER_CONFIG)
     if is_adapter and (model.has(SINGLE_NAME) or model.has(INDEX_NAME)):
@@ -125,7 +127,8 @@ def _open_full(model: Located, base: Path | str | None, cache: Path | None) -> C
     if not has_tokenizer(path) and base is not None:
         lender = locate(base, cache=cache)
         tokenizer_dir = lender.path
-        notes.append(f"{_name(model.where)} has no tokenizer; that of {_name(lender.where)} is used")
+        if has_tokenizer(lender.path):
+            notes.append(f"{_name(model.where)} has no tokenizer; that of {_name(lender.where)} is used")
     return Checkpoint(
         path,
         "full",

@@ -301,6 +301,14 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / f).is_file() for f in TOKENIZER_FILES if not f.startswith("chat_template"))
 
 
+def has_template(directory: Path) -> bool:
+    """Whether a directory has a chat template, as a file or in its tokenizer's config."""
+    if any((directory / f).is_file() for f in TOKENIZER_FILES if f.startswith("chat_template")):
+        return True
+    config = directory / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config).get("chat_template"))
+
+
 def tokenizer_files(directory: Path) -> list[Path]:
     """The files of a directory that make its tokenizer and chat templates, in a fixed order."""
     found = [directory / f for f in TOKENIZER_FILES if (directory / f).is_file()]

@@ -13,6 +13,7 @@ from components.fusion.recipe import Recipe
 from components.records import RECORD_FILE
 
 _HUB_ID = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@[\w./-]+)?")
+_PATTERNS = 4
 
 
 def model_card(recipe: Recipe, record: Mapping[str, Any]) -> str:
@@ -39,6 +40,7 @@ def model_card(recipe: Recipe, record: Mapping[str, Any]) -> str:
         *(f"| {_cell(name)} | `{_cell(_shown(reference))}` |" for name, reference in rows),
         "",
         *([f"Settings: {settings}.", ""] if settings else []),
+        *([f"The tokenizer is that of `{record['tokenizer']}`.", ""] if record["tokenizer"] else []),
         f"{record['parameters']:,} parameters in {', '.join(record['output_dtypes'])}; "
         f"{len(record['unchanged_tensors'])} of {record['tensors']} tensors are the aligned model's, bit for bit.",
         "",
@@ -62,10 +64,20 @@ def _settings(recipe: Recipe) -> str:
     found: dict[str, Any] = {}
     for part in (recipe.merge, recipe.fusion):
         if part is not None:
-            found |= part.model_dump(mode="json", exclude_defaults=True, exclude={"method"})
+            found |= part.model_dump(mode="json", exclude_defaults=True, exclude={"method", "max_shard_bytes"})
     if recipe.merge is not None and recipe.fusion.method == "interpolation":
         found.pop("alpha", None)
-    return ", ".join(f"{key} {value}" for key, value in found.items())
+    return ", ".join(f"{key.replace('_', ' ')} {_in_words(value)}" for key, value in found.items())
+
+
+def _in_words(value: Any) -> str:
+    """A number, or numbers by finetune or pattern; of many patterns the first."""
+    if isinstance(value, dict):
+        return " and ".join(f"{_in_words(one)} ({name})" for name, one in value.items())
+    if isinstance(value, list):
+        shown = ", ".join(f"{number:g} for `{pattern}`" for pattern, number in value[:_PATTERNS])
+        return shown + (f" and {len(value) - _PATTERNS} more in {RECORD_FILE}" if len(value) > _PATTERNS else "")
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _cell(text: str) -> str:

@@ -215,6 +215,7 @@ def _counting(source: FusedSource, block: int) -> Work:
         part = TensorCounts(stop - start, source.spec(name).kind.name)
         with one_thread():
             for b in source.blocks(name, block, start, stop):
+                assert b.values.dtype == source.spec(name).dtype, (name, b.values.dtype)
                 part.add(b)
                 put(b.start, as_bits(b.values.contiguous()))
         return part.note()

@@ -22,7 +22,7 @@ from components.checkpoints.dtypes import named
 from components.checkpoints.journal import Journal
 from components.checkpoints.stream import Put, Written, part_size, stream
 from components.checkpoints.writer import write_json
-from components.errors import StorageError
+from components.errors import CheckpointError, ConfigError, StorageError
 from components.fusion.making import Fused, Making, code_fingerprint, make_part
 from components.fusion.recipe import Recipe
 from components.records import RECORD_FILE
@@ -54,13 +54,19 @@ def fuse(
     began = time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     making = Making.of(recipe)
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
+    out = Path(os.path.realpath(out) if out.is_symlink() else os.path.abspath(out))  # noqa: PTH100 - a parent stays a link
     _require_place(out, making)
     partial = out.parent / f".{out.name}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{out.parent}: cannot be made ({error.strerror}); choose a directory you can write"
+        ) from error
     there = _published(out, making, overwrite)
     if there is not None and not partial.exists():
         return Fused(str(out), there, made=False)
-    with storage_errors(partial), _alone(partial):
+    with storage_errors(partial), _alone(partial), _cleared(partial):
         _bring_back(partial, out)
         there = _published(out, making, overwrite)  # perhaps by somebody who was there first
         if there is None:
@@ -192,6 +198,17 @@ def _alone(partial: Path) -> Iterator[None]:
                     yield
                     return
             # Whoever was here before took the directory away in the meantime.
+
+
+@contextmanager
+def _cleared(partial: Path) -> Iterator[None]:
+    """What can never become this model is not left behind: other inputs, or another recipe, begin anew."""
+    try:
+        yield
+    except (CheckpointError, ConfigError):
+        if not (partial / _REPLACED).exists():
+            _clear(partial)
+        raise
 
 
 def _bring_back(partial: Path, out: Path) -> None:

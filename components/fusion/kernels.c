@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 5
+#define VERSION 6
 #define LANES 1024
 #define HASH_BLOCK 65536
 #define KEEP_ALL 65536
@@ -131,7 +131,9 @@ INLINE void elect(float (*restrict rows)[LANES], int32_t count, const float *wei
     for (int i = 0; i < n; i++) out[i] /= sign[i] < 1e-12f ? 1e-12f : sign[i];
 }
 
-/* So many floats that the compiler can keep them in registers (GCC's and Clang's vectors, whatever the processor has). */
+#if defined(__clang__) || __GNUC__ >= 9 /* which convert vectors */
+#define HAS_LINEAR 1
+/* So many floats that the compiler can keep them in registers, whatever the processor has. */
 #define WIDE 16
 typedef float floats __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
@@ -186,6 +188,8 @@ INLINE double linear(int64_t numel, int32_t count, const void *aligned, const vo
     return all;
 }
 
+#endif
+
 /* out = aligned + scale · merge of (tuned_t − aligned), `numel` elements.
  *
  * types: of aligned, of each tuned, of out. keys: NULL, or of each stream of draws; `start` is where in the tensor the slice
@@ -201,9 +205,10 @@ void realign_merge(int64_t numel, int32_t count, const void *aligned, const void
                    void *out, double *sums) {
     float base[LANES], total[LANES];
     int64_t at = 0;
+    for (int32_t t = 0; t <= count; t++) sums[t] = 0.0;
+#ifdef HAS_LINEAR
     int plain = !keys && !signs, halves = types[count + 1] == BF16;
     for (int32_t t = 0; t <= count; t++) {
-        sums[t] = 0.0;
         plain &= t == count || below[t] < 0.0f;
         halves &= types[t] == BF16;
     }
@@ -212,6 +217,7 @@ void realign_merge(int64_t numel, int32_t count, const void *aligned, const void
         sums[count] += halves ? linear(at, count, aligned, tuned, types, BF16, weights, scale, out)
                               : linear(at, count, aligned, tuned, types, -1, weights, scale, out);
     }
+#endif
     for (; at < numel; at += LANES) {
         int n = numel - at < LANES ? (int)(numel - at) : LANES;
         widen(aligned, types[0], at, n, base);

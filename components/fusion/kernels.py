@@ -20,7 +20,7 @@ import numpy.typing as npt
 from components.checkpoints.dtypes import BF16, F32, Bits, DType, Stretch, as_floats
 from components.fusion.merge_functions import drop_limit, trimmed_up_to
 
-_VERSION, _LANES = 5, 1024
+_VERSION, _LANES = 6, 1024
 """As kernels.c has them."""
 KNOWN = {F32: 0, BF16: 1}
 """What they read and write."""
@@ -109,7 +109,8 @@ def known(bits: Bits, dtype: DType) -> Stretch:
     """Elements of any type of float for a kernel, in fp32 where it does not know theirs."""
     if dtype in KNOWN:
         return bits, dtype
-    return as_floats(bits, dtype).astype(np.float32, copy=False).view(np.uint32), F32
+    with np.errstate(over="ignore"):  # infinite then
+        return as_floats(bits, dtype).astype(np.float32, copy=False).view(np.uint32), F32
 
 
 def narrow(bits: Bits, dtype: DType) -> Bits:

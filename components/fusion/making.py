@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from components.checkpoints.dtypes import all_finite
+from components.checkpoints.factors import FactorSource
 from components.checkpoints.safetensors import read_json
 from components.checkpoints.source import stretch_from
 from components.checkpoints.stream import Put
-from components.checkpoints.writer import copy_side_files, write_json
+from components.checkpoints.writer import copy_side_files, has_tokenizer, write_json
 from components.errors import CheckpointError, listed
 from components.fusion.card import model_card
 from components.fusion.finite import refuse_not_finite
@@ -31,6 +32,7 @@ from components.fusion.merging import MergedSource
 from components.fusion.models import Models, open_models, versions
 from components.fusion.recipe import Recipe
 from components.fusion.trimming import find_thresholds
+from components.late import import_now
 from components.masks.artifact import MaskArtifact
 
 CARD_FILE = "README.md"
@@ -105,7 +107,7 @@ class Making:
         )
         source.settled(processes)
         if not source.compiled:
-            assert torch.__version__  # where its import was put off, this is it: for the processes that will be forked
+            import_now(torch)
         return source
 
     def bytes_read(self, name: str) -> int:
@@ -165,7 +167,8 @@ class Making:
             "parameters": sum(source.spec(name).numel for name in source.names()),
             "output_dtypes": sorted({source.spec(n).kind.name for n in source.names()}),
             "unchanged_tensors": sorted(unchanged),
-            "notes": list(self.models.notes),
+            "tokenizer": self.models.tokenizer_of if has_tokenizer(self.models.tokenizer.tokenizer_dir) else None,
+            "notes": [*self.models.notes, *_widened(source)],
             "environment": {name: _version_of(name) for name in ("safety-realign", "torch")}
             | {"kernels": library() is not None},
         }
@@ -174,16 +177,34 @@ class Making:
 def make_part(source: FusedSource, name: str, start: int, stop: int, put: Put) -> bool:
     """Give elements [start, stop) to `put`, which must not keep them; whether they are the aligned model's, which then are only
     copied."""
-    if source.unchanged(name, start, stop):
-        found = stretch_from(source.aligned, name, start, stop)
-        if not all_finite(*found):
-            refuse_not_finite(name, source.spec(name).shape, start, {"aligned": found})
-        put(start, found[0])
-        return True
-    with nullcontext() if source.compiled else one_thread():
+    # Also to compare: an adapter's weights are made as they are read, and threads that a parent had do not live in its forks.
+    with alone(source):
+        if source.unchanged(name, start, stop):
+            found = stretch_from(source.aligned, name, start, stop)
+            if not all_finite(*found):
+                refuse_not_finite(name, source.spec(name).shape, start, {"aligned": found})
+            put(start, found[0])
+            return True
         for at, bits in source.pieces(name, BLOCK, start, stop):
             put(at, bits)
     return False
+
+
+def _widened(source: FusedSource) -> list[str]:
+    """A note on tensors that take more room than the aligned model's."""
+    kinds = {(source.aligned.spec(name).kind, source.spec(name).kind) for name in source.names()}
+    if source.settings.output_dtype is not None or isinstance(source.aligned, FactorSource):
+        return []
+    return [
+        f"written in {wide}, which holds all models' weights, where the aligned model's are {own}; --dtype says otherwise"
+        for own, wide in sorted(kinds, key=str)
+        if wide.itemsize > own.itemsize
+    ]
+
+
+def alone(source: FusedSource) -> AbstractContextManager[None]:
+    """One thread of torch's, where it has a part in it."""
+    return nullcontext() if source.compiled else one_thread()
 
 
 def code_fingerprint() -> str:

@@ -87,6 +87,14 @@ class MergeSettings(BaseModel):
     t: Factor | None = None
     """slerp: the place on the arc, 0 … 1, one number or a number by pattern (every tensor must then have one)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_density(cls, given: Any) -> Any:
+        """Written out, so that records say what was used."""
+        if isinstance(given, Mapping) and given.get("density") is None and given.get("method") in _DENSITY:
+            return {**given, "density": _DENSITY[given["method"]]}
+        return given
+
     @model_validator(mode="after")
     def _fields_fit_the_method(self) -> Self:
         useless = [
@@ -123,7 +131,7 @@ class MergeSettings(BaseModel):
     @property
     def kept(self) -> float:
         """The density that counts: 1 where the method leaves nothing out."""
-        return self.density if self.density is not None else _DENSITY.get(self.method, 1.0)
+        return 1.0 if self.density is None else self.density
 
     def kept_of(self, finetune: str, name: str) -> float:
         """The density that counts for one finetune's tensor."""

@@ -228,7 +228,7 @@ class _Reader:
                 found[key] = name
         if found.get("dtype") in ("bfloat16", "float16"):
             self.notes.append(
-                f"dtype {found['dtype']}: computed in fp32 and cast once, where mergekit computes in {found['dtype']}"
+                f"dtype {found['dtype']}: computed in fp32 all the same, and rounded once, to what is written"
             )
         return found.get("out_dtype", found.get("dtype"))
 

@@ -104,10 +104,10 @@ class MergedSource:
             raise CheckpointError(f"these finetunes cannot be merged: {listed(problems, 12)}")
         problems = merge_problems(settings, list(finetunes), aligned.names())
         if problems:
-            raise ConfigError(
-                f"the merge does not fit its models: {listed(problems, 12)}; there are {', '.join(finetunes)}, and tensors are "
-                f"named like {listed(aligned.names()[1:], 2)}"
-            )
+            hints = [f"the finetunes are {', '.join(finetunes)}"] if any(" names " in p for p in problems) else []
+            if any("pattern" in p for p in problems):
+                hints.append(f"tensors are named like {' and '.join(aligned.names()[1:3])}")
+            raise ConfigError("; ".join([f"the merge does not fit its models: {listed(problems, 12)}", *hints]))
         self._aligned, self._finetunes, self._settings = aligned, finetunes, settings
         self._thresholds = thresholds or {}
         assert settings.method != "ties" or set(self._thresholds) == set(finetunes)

@@ -12,6 +12,7 @@ from components.checkpoints.compare import compare_tensors, require_compatible, 
 from components.checkpoints.harmonize import harmonize
 from components.checkpoints.reference import Checkpoint, open_checkpoint
 from components.checkpoints.source import TensorSource
+from components.checkpoints.writer import has_template, has_tokenizer
 from components.errors import CheckpointError, RealignError
 from components.fusion.recipe import Recipe
 from components.records import file_sha256
@@ -30,6 +31,8 @@ class Models:
     safe: Checkpoint | None
     tokenizer: Checkpoint
     """Whose tokenizer belongs to the fused model."""
+    tokenizer_of: str
+    """What the recipe calls it."""
     config_changes: Mapping[str, Any]
     """What its config.json must say."""
     notes: tuple[str, ...]
@@ -74,9 +77,20 @@ def open_models(recipe: Recipe) -> Models:
         problems += _far(aligned, fitting)
     if problems:
         raise CheckpointError("\n".join(problems))
-    owner = aligned if common.tokenizer_of == ALIGNED else finetunes[common.tokenizer_of]
+    owner_name = common.tokenizer_of
     if len(finetunes) == 1 and not (recipe.vocabulary == "truncate" and "vocab_size" in common.config_changes):
-        [owner] = finetunes.values()  # it is the finetune that goes back into service
+        [owner_name] = finetunes  # it is the finetune that goes back into service
+    owner = aligned if owner_name == ALIGNED else finetunes[owner_name]
+    notes = [*common.notes]
+    if (
+        has_tokenizer(owner.tokenizer_dir)
+        and has_template(aligned.tokenizer_dir)
+        and not has_template(owner.tokenizer_dir)
+    ):
+        notes.append(
+            f"the tokenizer is {owner_name}'s, which has no chat template: the aligned model has one, the fused model "
+            "has none; copy it if it is wanted"
+        )
     models = (aligned, *found.values())
     return Models(
         common.aligned,
@@ -84,8 +98,9 @@ def open_models(recipe: Recipe) -> Models:
         found.get("unaligned"),
         found.get("safe"),
         owner,
+        owner_name,
         common.config_changes,
-        tuple(dict.fromkeys([*common.notes, *(note for one in models for note in one.notes)])),
+        tuple(dict.fromkeys([*notes, *(note for one in models for note in one.notes)])),
         seen,
     )
 

@@ -17,6 +17,8 @@ ONE_FINETUNE_METHODS: tuple[str, ...] = tuple(m for m in get_args(MethodName) if
 """`random_mask` is a control of experiments, no way to make a model."""
 
 
+_OPTIONS = {"output_dtype": "dtype", "max_shard_bytes": "max_shard"}
+"""Fields whose options have other names."""
 _NEEDS_UNALIGNED = ("resta", "safe_lora", "safe_merge", "lox")
 _TAKES_SAFE = ("safe_merge",)
 
@@ -99,14 +101,21 @@ def settings_of(
             return None, FusionSettings(method=method, **given, **output)
     except ValidationError as error:
         text = told(error)
-        raise ConfigError(text if text.startswith(f"method {method}") else f"method {method}: {text}") from error
+        named = f"method {method} {text.removeprefix('it ')}" if text.startswith("it ") else f"method {method}: {text}"
+        raise ConfigError(text if text.startswith(f"method {method}") else named) from error
     raise ConfigError(f"method {method!r} is unknown; there are {', '.join((*MERGE_METHODS, *ONE_FINETUNE_METHODS))}")
 
 
 def told(error: ValidationError) -> str:
     """pydantic's findings in one line."""
-    found = []
+    found: list[str] = []
+    useless = [str(one["loc"][0]) for one in error.errors() if one["type"] == "extra_forbidden"]
+    if useless:
+        found.append(f"it has no use for {', '.join(useless)}")
     for one in error.errors():
-        where = ".".join(str(part) for part in one["loc"])
+        # Of the ways in which a value may be given, the last part of the place says which: nobody asked.
+        where = ".".join(_OPTIONS.get(str(part), str(part)) for part in one["loc"] if str(part) not in ("float", "int"))
+        if one["type"] == "extra_forbidden" or "function-before" in where:
+            continue
         found.append(f"{where}: {one['msg']}" if where else one["msg"].removeprefix("Value error, "))
     return "; ".join(found)

@@ -83,5 +83,5 @@ class FusionSettings(BaseModel):
         if self.rounding == "stochastic" and self.output_dtype not in (None, "bfloat16"):
             raise ValueError(f"stochastic rounding is to bfloat16, not to {self.output_dtype}")
         if "similarity" in own and (self.similarity is None) == (self.lowest is None):
-            raise ValueError(f"method {self.method} needs either similarity or lowest")
+            raise ValueError(f"method {self.method} takes either similarity or lowest, one of them")
         return self

@@ -23,7 +23,7 @@ from components.checkpoints.uploads import Written
 from components.checkpoints.writer import plan_shards
 from components.errors import StorageError
 from components.fusion.fused import FusedSource
-from components.fusion.making import Fused, Making, code_fingerprint, make_part
+from components.fusion.making import Fused, Making, alone, code_fingerprint, make_part
 from components.fusion.recipe import Recipe
 from components.storage import Progress
 from components.workers import spread
@@ -87,10 +87,11 @@ def _send_weights(
 
     sizes = {file: sum(source.spec(name).nbytes for name in names) for file, names in shards.items()}
     missing = [file for file in shards if file not in files]
-    found = [
-        name for file in shards if file in files for name in shards[file]
-        if source.unchanged(name, 0, source.spec(name).numel)
-    ]  # fmt: skip
+    with alone(source):
+        found = [
+            name for file in shards if file in files for name in shards[file]
+            if source.unchanged(name, 0, source.spec(name).numel)
+        ]  # fmt: skip
     began, sent, total = time.monotonic(), 0, sum(sizes[file] for file in missing)
     for file, (written, same) in spread(send, missing, processes=processes):
         files[file] = written

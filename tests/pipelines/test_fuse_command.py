@@ -63,9 +63,13 @@ def test_numbers_and_sizes() -> None:
         ("task_arithmetic", 2, {"weights": {"it": 0.5}}, "weights of it, the finetunes are f0, f1"),
         ("interpolation", 1, {}, "method interpolation needs alpha"),
         ("resta", 2, {"gamma": 0.5}, "resta is for one finetune, there are 2; a merge takes several"),
-        ("ties", 2, {"form": "soft"}, "masked needs a mask"),
+        ("ties", 2, {"form": "soft"}, "--form: say how a mask is used"),
         ("resta", 1, {"gamma": 0.5}, "resta needs --unaligned"),
         ("ties", 2, {"density": 1.5}, "density: Input should be less than or equal to 1"),
+        ("task_arithmetic", 1, {"gamma": 4, "t": 3}, "method task_arithmetic has no use for gamma"),
+        ("interpolation", 1, {"alpha": 0.5, "weights": {"f0": 0.3}}, "method interpolation has no use for weights"),
+        ("task_arithmetic", 1, {"weights": {"f0": float("nan")}}, "weights.f0: Input should be a finite number"),
+        ("safe_lora", 1, {"lowest": 3, "similarity": 0.5}, "takes either similarity or lowest, one of them"),
         ("random_mask", 1, {"density": 0.5}, "method 'random_mask' is unknown"),
     ],
 )
@@ -124,7 +128,8 @@ def test_the_outcome_tells_what_was_made() -> None:
     }  # fmt: skip
     text = outcome("out", record, made=True)
     assert text == (
-        "out: ties of zh on a\n1,234 parameters in bfloat16, 1 of 3 tensors unchanged; 2.00 GB in 2.0 s\nnote: n\n"
+        "out: ties of zh on a\n"
+        "1,234 parameters in bfloat16, 1 of 3 tensors unchanged; 2.00 GB read and written in 2.0 s\nnote: n\n"
     )
     assert "already" in outcome("out", record, made=False)
 

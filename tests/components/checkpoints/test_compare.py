@@ -16,6 +16,7 @@ from components.checkpoints.compare import (
     require_compatible,
     require_finite,
     require_near,
+    same_bits,
 )
 from components.checkpoints.reference import open_checkpoint
 from components.errors import CheckpointError
@@ -133,3 +134,13 @@ def test_a_finetune_of_another_base_is_refused(tmp_path: Path) -> None:
     assert relative_distance(aligned.source, stranger.source) == pytest.approx(math.sqrt(2), rel=0.05)
     with pytest.raises(CheckpointError, match=r"stranger differs from .*aligned by 1\.4. times .* trained apart"):
         require_near(aligned, stranger)
+
+
+def test_the_same_bits_are_the_same_wherever_they_lie() -> None:
+    values = torch.randn(4096).bfloat16()
+    one, other = MemorySource({"w": values}), MemorySource({"w": torch.cat([values[:3], values])[3:]})
+    assert one.read("w").data_ptr() % 8 == 0
+    assert other.read("w").data_ptr() % 8 == 6
+    assert same_bits(one, other, "w", 0, 4096)
+    other.tensors["w"][4095] += 1
+    assert not same_bits(one, other, "w", 0, 4096)

@@ -201,12 +201,22 @@ def test_everything_that_does_not_fit_is_told_at_once_with_shapes_and_files(tmp_
         assert line in message
     assert f"these finetunes of {aligned} cannot be fused (12 differences): " in message
     assert "same:" not in message
-    assert "(pad, truncate)" in message
+    assert message.endswith("; give finetunes of that model")  # no policy mends another width
     with pytest.raises(CheckpointError, match=r"cannot be fused \(7 differences\)") as caught:
         harmonize(first, {"billing": second}, vocabulary="pad", one_sided="keep")
     assert EMBEDDING not in str(caught.value)  # what a policy mends is no difference any more
     with pytest.raises(ConfigError, match="cannot be called aligned"):
         harmonize(first, {ALIGNED: second})
+
+
+def test_a_policy_is_named_where_it_would_help(tmp_path: Path) -> None:
+    first = open_checkpoint(save(qwen(0), tmp_path / "a"))
+    grown = open_checkpoint(save(resized(qwen(0), 72), tmp_path / "b"))
+    with pytest.raises(CheckpointError, match=r"other sizes \(--vocabulary pad or truncate\)$"):
+        harmonize(first, {"grown": grown})
+    rewrite(tmp_path / "a" / "model.safetensors", model__norm__weight=None)
+    with pytest.raises(CheckpointError, match=r"only some models have \(--one-sided keep or drop\)$"):
+        harmonize(open_checkpoint(tmp_path / "a"), {"other": first})
 
 
 def with_tokens(path: Path, tokens: Mapping[str, int]) -> None:

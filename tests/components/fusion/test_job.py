@@ -19,11 +19,11 @@ from components.checkpoints import stream as stream_module
 from components.checkpoints.reference import open_checkpoint
 from components.checkpoints.safetensors import SafetensorsSource
 from components.checkpoints.source import read_whole
-from components.errors import CheckpointError, StorageError
+from components.errors import CheckpointError, ConfigError, StorageError
 from components.fusion.job import fuse
 from components.fusion.recipe import Recipe, settings_of
 from tests.components.checkpoints.test_adapters import make_adapter
-from tests.components.checkpoints.tiny import llama, perturbed, save, save_tokenizer
+from tests.components.checkpoints.tiny import edit_json, llama, perturbed, save, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -388,3 +388,66 @@ def test_token_ids_are_those_of_the_tokenizer_that_goes_along(policy: str, tmp_p
         assert (told["eos_token_id"], told.get("pad_token_id")) == (eos, pad), name
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.get_input_embeddings().weight.shape[0] == rows
+
+
+PARALLEL = """
+import sys, torch
+from pathlib import Path
+from components.fusion.job import fuse
+from components.fusion.recipe import Recipe
+torch.set_num_threads(2)
+torch.randn(1500, 1500) @ torch.randn(1500, 1500)  # threads that no fork has
+fuse(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), processes=2)
+"""
+
+
+def test_workers_do_without_the_threads_that_their_parent_had(tmp_path: Path) -> None:
+    save(llama(0), tmp_path / "aligned")  # fp32, as an adapter's sums are: then they are compared
+    make_adapter(llama(0), tmp_path / "adapter", base=tmp_path / "aligned", target_modules="all-linear")
+    asked = recipe(tmp_path, "task_arithmetic", "adapter").model_dump_json()
+    done = subprocess.run([sys.executable, "-c", PARALLEL, asked, str(tmp_path / "out")], timeout=120, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "record.json").is_file()
+
+
+def test_a_link_gets_its_model_where_it_leads(family: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "new")
+    for link, place in (("link", "empty"), ("dangling", "new")):
+        assert fuse(recipe(family), tmp_path / link).made
+        assert (tmp_path / link).is_symlink()
+        assert (tmp_path / place / "record.json").is_file()
+        assert not fuse(recipe(family), tmp_path / link).made
+
+
+def test_what_can_never_become_the_model_is_not_left_behind(family: Path, tmp_path: Path) -> None:
+    broken = perturbed(llama(0, torch.bfloat16), 5, scale=0.004)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    save(broken, tmp_path / "broken")
+    bad = recipe(family).model_copy(update={"finetunes": {"zh": str(tmp_path / "broken")}})
+    with pytest.raises(CheckpointError, match="is nan"):
+        fuse(bad, tmp_path / "out" / "a")
+    with pytest.raises(ConfigError, match=r"pattern '\*\.mpl\.\*' matches no tensor; tensors are named like"):
+        fuse(recipe(family, layers={"*.mpl.*": 0.5}), tmp_path / "out" / "b")
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be made"):
+        fuse(recipe(family), tmp_path / "file" / "x" / "out")
+
+
+def test_a_lost_chat_template_and_a_wider_dtype_are_told(family: Path, tmp_path: Path) -> None:
+    shutil.copytree(family / "zh", tmp_path / "zh")
+    (tmp_path / "zh" / "chat_template.jinja").unlink()
+    shutil.copytree(family / "aligned", tmp_path / "aligned")
+    (tmp_path / "aligned" / "chat_template.jinja").write_text("{{ messages }}")
+    for name in ("aligned", "zh"):
+        edit_json(tmp_path / name / "tokenizer_config.json", chat_template=None)
+    save(perturbed(llama(0), 3, scale=0.004), tmp_path / "wide")
+    made = fuse(recipe(tmp_path, "task_arithmetic", "zh"), tmp_path / "out")
+    assert made.record["tokenizer"] == "zh"
+    assert [note for note in made.record["notes"] if "the tokenizer is zh's, which has no chat template" in note]
+    made = fuse(recipe(tmp_path, "task_arithmetic", "wide"), tmp_path / "wider")
+    assert [note for note in made.record["notes"] if note.startswith("written in float32")]
+    assert made.record["output_dtypes"] == ["float32"]

@@ -194,7 +194,7 @@ def test_what_fits_no_model_or_tensor_is_refused_all_at_once() -> None:
         "weights names 'ja', which is not there",
         "layers: pattern 'head*' matches no tensor",
         "weights of hi: pattern 'layers.9.*' matches no tensor",
-        "there are zh, hi, code",
+        "the finetunes are zh, hi, code",
     ):
         assert part in str(caught.value)
     with pytest.raises(ConfigError, match=r"slerp is between two models: .* given are 3"):

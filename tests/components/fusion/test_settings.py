@@ -25,10 +25,10 @@ from components.fusion.settings import FusionSettings, MethodName
         ({"method": "slerp"}, "'masked', 'interpolation', 'resta', 'random_mask', 'safe_lora', 'safe_merge' or 'lox'"),
         ({"method": "lox"}, "method lox needs gamma and rank"),
         ({"method": "lox", "gamma": 1, "rank": 0}, "greater than or equal to 1"),
-        ({"method": "safe_lora"}, "method safe_lora needs either similarity or lowest"),
+        ({"method": "safe_lora"}, "method safe_lora takes either similarity or lowest"),
         (
             {"method": "safe_merge", "similarity": 0.5, "lowest": 3},
-            "method safe_merge needs either similarity or lowest",
+            "method safe_merge takes either similarity or lowest",
         ),
         ({"method": "safe_lora", "lowest": 3, "safe_share": 0.5}, "method safe_lora has no use for safe_share"),
         ({"method": "safe_merge", "similarity": 1.5}, "less than or equal to 1"),
