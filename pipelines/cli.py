@@ -125,25 +125,36 @@ def fuse(
     mask: Annotated[Path | None, typer.Option(help="A trained mask's directory.")] = None,
     form: Annotated[str | None, typer.Option(help="Of the mask: soft or binary.")] = None,
     rescale: Annotated[str | None, typer.Option(help="Of the mask: mean (divide by its mean) or none.")] = None,
-    scale: Annotated[float | None, typer.Option(help="λ, the factor on the task vector.")] = None,
+    scale: Annotated[float | None, typer.Option(help="λ, the factor on the task vector; 1 by default.")] = None,
     weight: Annotated[list[str] | None, typer.Option(help="A finetune's own factor, as name=number.")] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="A factor for tensors of a name, as pattern=number (*.mlp.*=0.5); first match."),
     ] = None,
-    density: Annotated[float | None, typer.Option(help="Share of a task vector that ties or dare keep.")] = None,
-    threshold: Annotated[str | None, typer.Option(help="ties: by tensor, or over the whole model.")] = None,
-    aggregate: Annotated[str | None, typer.Option(help="ties: mean or sum of those that agree.")] = None,
-    seed: Annotated[int | None, typer.Option(help="dare: which weights are dropped.")] = None,
-    t: Annotated[float | None, typer.Option(help="slerp: where between the two.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="interpolation: 0 is the aligned model, 1 the finetune.")] = None,
-    gamma: Annotated[float | None, typer.Option(help="resta, lox: factor on the safety vector.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="lox: rank of what is added to each matrix.")] = None,
-    similarity: Annotated[
-        float | None, typer.Option(help="safe_lora, safe_merge: restore matrices of at most this cosine.")
+    density: Annotated[
+        float | None, typer.Option(help="Share of a task vector that stays; ties: 0.2, dare: 0.8.")
     ] = None,
-    lowest: Annotated[int | None, typer.Option(min=1, help="The same: restore so many of the lowest.")] = None,
-    safe_share: Annotated[float | None, typer.Option(help="safe_merge: share of the safe part.")] = None,
+    threshold: Annotated[
+        str | None, typer.Option(help="ties: by tensor (the default), or over the whole model.")
+    ] = None,
+    aggregate: Annotated[str | None, typer.Option(help="ties: mean (the default) or sum of those that agree.")] = None,
+    seed: Annotated[int | None, typer.Option(help="dare: which weights are dropped; 0 by default.")] = None,
+    t: Annotated[float | None, typer.Option(help="slerp needs it: where between the two, 0 to 1.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="interpolation needs it: 0 is the aligned model, 1 the finetune.")
+    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="resta and lox need it: factor on the safety vector.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="lox needs it: rank of what is added to each matrix.")] = None,
+    similarity: Annotated[
+        float | None,
+        typer.Option(help="safe_lora, safe_merge: restore matrices of at most this cosine,"),
+    ] = None,
+    lowest: Annotated[
+        int | None, typer.Option(min=1, help="or so many of the lowest; one of the two is needed.")
+    ] = None,
+    safe_share: Annotated[
+        float | None, typer.Option(help="safe_merge: share of the safe part; 0.2 by default.")
+    ] = None,
     vocabulary: Annotated[
         str,
         typer.Option(help="Where numbers of tokens differ: error, pad (the most) or truncate (the aligned model's)."),
@@ -151,9 +162,9 @@ def fuse(
     one_sided: Annotated[
         str, typer.Option(help="Where not all have a tensor: error, keep, or drop what the aligned model lacks.")
     ] = "error",
-    rounding: Annotated[str | None, typer.Option(help="To bf16: nearest or stochastic.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="To bf16: nearest (the default) or stochastic.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by default as the models are kept.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default what holds all models' weights.")
     ] = None,
     max_shard: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     processes: Annotated[
