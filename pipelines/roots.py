@@ -102,7 +102,7 @@ def _check_files(config: RunConfig) -> dict[str, str]:
         if finetune.anchor is not None:
             check(finetune.anchor, partial(_file, finetune.anchor, load_prompts))
     for chosen in config.evaluation.sets:
-        check(chosen.path, partial(lambda s: load_prompt_set(s).sha256, chosen))
+        check(chosen.files, partial(lambda s: load_prompt_set(s).sha256, chosen))
     if problems:
         raise DataError("\n".join(problems))
     return files

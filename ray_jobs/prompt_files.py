@@ -13,8 +13,11 @@ from ray_jobs.stage import StageContext
 def prompt_sets(context: StageContext) -> list[PromptSet]:
     """The prompt sets of a spec, read where `execution.sets` says. Raises DataError if a file is not the one hashed."""
     sets = []
-    for described, path in zip(context.spec.semantics["sets"], context.spec.execution["sets"], strict=True):
+    places = context.spec.execution
+    for described, path, attack in zip(context.spec.semantics["sets"], places["sets"], places["attacks"], strict=True):
         fields = {key: value for key, value in described.items() if key != "sha256"}
+        if attack is not None:
+            fields["attack"] = {**fields["attack"], "path": attack}
         loaded = load_prompt_set(SetSettings(**fields, path=Path(path)))
         if loaded.sha256 != described["sha256"]:
             raise DataError(f"{path} has changed since this run began; run again")

@@ -1,31 +1,33 @@
-"""Greedy decoding of one batch, with rows leaving as soon as they have ended.
+"""Decoding many prompts: rows leave a batch as soon as they have ended, and others take their places.
 
-Shapes: B rows still in the batch, P padded prompt length, L tokens in the cache, H key-value heads, D head width.
+transformers' own `generate` carries every row to the end of the longest and copies the whole key-value cache at each token;
+both cost more than the model does when answers are short and of mixed lengths. This loop gives the same tokens (a test holds it
+to `generate`) and asks of a model only what its `forward` says it takes. The longest prompts come first: whoever joins then
+fits into the columns that are filled, and a batch that is too large for the memory fails at once.
 
-transformers' own `generate` carries every row to the end of the longest and copies the whole key-value cache at each
-token; both cost more than the model does when answers are short and of mixed lengths. This loop gives the same tokens
-(a test holds it to `generate`) and asks of a model only what its `forward` says it takes.
+Shapes: B places in the batch, P padded prompt length, L columns in the cache, V vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from components.errors import EvaluationError
+from components.evaluation.answers import End
+from components.evaluation.cache import can_join, can_leave, make_cache
 
 CHECK_EVERY = 4
 """Tokens between two looks at whether an answer is decided: decoding 128 rows costs about a small model's step."""
 LEAVE_AT = 0.75
-"""Ended rows leave when at most this share is still open: leaving copies the cache once."""
-
-End = Literal["model", "limit", "decided"]
+"""When at most this share of the places is still used, others come in, or the cache is copied once without those that left."""
+_SLACK = 64
+"""Columns beyond what a prompt and its answer need: how seldom columns that nobody needs any more are forgotten."""
 
 
 @dataclass
@@ -36,9 +38,15 @@ class Row:
     end: End = "limit"
     end_token: int | None = None
     open: bool = True
+    index: int = 0
+    """Which of the prompts it answers."""
 
     def close(self, end: End) -> None:
         self.open, self.end = False, end
+
+
+Choose = Callable[[torch.Tensor, Sequence[Row]], torch.Tensor]
+"""(logits [B, V] in fp32, the rows at those places) -> tokens [B]."""
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -54,6 +62,32 @@ def pad_token(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int:
     return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else min(ends, default=0)
 
 
+def most_likely(logits_BV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """Greedy: the first of the largest."""
+    del rows
+    return logits_BV.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an answer is over."""
+
+    ends: set[int]
+    """Tokens that end one."""
+    max_new_tokens: int
+    decided: Callable[[list[list[int]]], list[bool]] | None = None
+    """Shown unfinished answers every few tokens, says which need not go on."""
+
+
+@dataclass
+class Work:
+    """What decoding cost."""
+
+    rows: int = 0
+    """Σ over forward passes of the rows in them."""
+    passes: int = 0
+
+
 @torch.inference_mode()
 def greedy(
     *,
@@ -65,107 +99,184 @@ def greedy(
     decided: Callable[[list[list[int]]], list[bool]] | None = None,
     all_done: Callable[[bool], bool] | None = None,
 ) -> list[Row]:
-    """The most likely continuation of each prompt (token ids), in the prompts' order.
+    """The most likely continuation of each prompt (token ids), in the prompts' order, all in one batch.
 
-    `decided` is shown unfinished answers every few tokens and says which need not go on. `all_done` is told after each token
-    whether every row here has ended, and says whether to stop: a forward of a model whose weights are spread over
-    processes needs them all. Raises EvaluationError for a model that keeps no key-value cache.
+    `all_done` is told after each token whether every row here has ended, and says whether to stop: a forward of a model whose
+    weights are spread over processes needs them all. Raises EvaluationError for a model that keeps no key-value cache.
     """
-    rows = [Row() for _ in prompts]
-    batch = list(rows)  # which row stands at which place of the batch
-    longest = max(len(p) for p in prompts)
-    room = longest + max_new_tokens
-    cache = _cache(model, room)
-    ids_BP = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
-    mask_BL = torch.ones(len(prompts), room, dtype=torch.long, device=model.device)
-    for place, prompt in enumerate(prompts):
-        mask_BL[place, : longest - len(prompt)] = 0
-    positions = (mask_BL[:, :longest].cumsum(-1) - 1).clamp(min=0)
-    for step in range(1, max_new_tokens + 1):
-        seen = longest + step - 1
-        logits_BV = _forward(model, ids_BP, mask_BL[:, :seen], positions, cache)
-        chosen = logits_BV.argmax(-1)
-        for row, token in zip(batch, chosen.tolist(), strict=True):
-            if row.open and token in ends:
-                row.close("model")
-                row.end_token = token
-            elif row.open:
-                row.tokens.append(token)
-        if decided is not None and step % CHECK_EVERY == 0:
-            _close_decided(batch, decided)
-        kept = [place for place, row in enumerate(batch) if row.open]
-        done = not kept if all_done is None else all_done(not kept)
-        if done or step == max_new_tokens:
-            break
-        ids_BP, positions = chosen[:, None], positions[:, -1:] + 1
-        if 0 < len(kept) <= LEAVE_AT * len(batch) and _can_leave(cache):
-            places = torch.tensor(kept, device=model.device)
-            cache.batch_select_indices(places)
-            ids_BP, positions, mask_BL = ids_BP[places], positions[places], mask_BL[places]
-            batch = [batch[place] for place in kept]
+    limits = Limits(ends, max_new_tokens, decided)
+    batch = _Batch(model, pad, limits, most_likely, longest=max(map(len, prompts)), work=Work())
+    batch.join([(Row(index=i), prompt) for i, prompt in enumerate(prompts)])
+    rows = list(batch.rows)
+    while not (all_done or bool)(not batch.open()):
+        batch.leave()
+        batch.step()
     return rows
 
 
-def _forward(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
-) -> torch.Tensor:
-    """Logits [B, V] of the token after the last, fp32."""
-    takes = inspect.signature(model.forward).parameters
-    optional: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
-    given = {name: value for name, value in optional.items() if name in takes}
-    out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
-    logits: torch.Tensor = out.logits[:, -1].float()
-    return logits
+@torch.inference_mode()
+def decode(
+    *,
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    pad: int,
+    limits: Limits,
+    places: int,
+    choose: Choose = most_likely,
+    work: Work | None = None,
+) -> Iterator[list[Row]]:
+    """A continuation of every prompt (token ids), as soon as they are there: those that ended together.
+
+    Args:
+        places: the largest batch; half as many, and again, where that does not fit into the memory.
+        choose: which token follows.
+        work: counts passes.
+
+    Raises EvaluationError for a model that keeps no key-value cache, OutOfMemoryError where a single row does not fit.
+    """
+    work = work or Work()
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)))
+    while waiting:
+        batch = _Batch(model, pad, limits, choose, longest=len(prompts[waiting[0]]), work=work)
+        try:
+            yield from _through(batch, waiting, prompts, places)
+        except torch.OutOfMemoryError:
+            if places == 1:
+                raise
+            places = max(1, places // 2)
+        unfinished = sorted((row.index for row in batch.rows if row.open), key=lambda i: (-len(prompts[i]), i))
+        waiting.extendleft(reversed(unfinished))
 
 
-def _close_decided(batch: Sequence[Row], decided: Callable[[list[list[int]]], list[bool]]) -> None:
-    unfinished = [row for row in batch if row.open]
-    if not unfinished:
-        return
-    for row, known in zip(unfinished, decided([row.tokens for row in unfinished]), strict=True):
-        if known:
-            row.close("decided")
+def _through(batch: _Batch, waiting: deque[int], prompts: Sequence[Sequence[int]], places: int) -> Iterator[list[Row]]:
+    """One batch until nobody is left in it."""
+    while True:
+        free = places - batch.open()
+        if batch.rows and not batch.open():
+            return
+        if waiting and (not batch.rows or (batch.joinable and batch.open() <= LEAVE_AT * places)):
+            taken = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            try:
+                batch.join([(Row(index=i), prompts[i]) for i in taken])
+            except torch.OutOfMemoryError:
+                waiting.extendleft(reversed(taken))
+                raise
+        else:
+            batch.leave()
+            batch.step()
+        if ended := batch.ended():
+            yield ended
 
 
-class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer in a buffer made once for the longest answer: adding a token writes it and copies
-    nothing. `keys` and `values` are views [B, H, L, D] of what is filled."""
+class _Batch:
+    """Rows under way, and what the model remembers of them."""
 
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self._room = room
+    def __init__(
+        self, model: PreTrainedModel, pad: int, limits: Limits, choose: Choose, *, longest: int, work: Work
+    ) -> None:
+        self._model, self._pad, self._limits, self._choose, self._work = model, pad, limits, choose, work
+        self._room = longest + limits.max_new_tokens + _SLACK
+        self._cache = make_cache(model, self._room)
+        self.joinable = can_join(self._cache)
+        self.rows: list[Row] = []
+        """By place; a row that has ended stays until its place is taken or the cache is copied."""
+        self._told: set[int] = set()
+        self._takes = inspect.signature(model.forward).parameters
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        start, added = self.get_seq_length(), key_states.shape[-2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            shape = (*key_states.shape[:2], self._room)
-            self._all_keys = key_states.new_empty(*shape, key_states.shape[-1])
-            self._all_values = value_states.new_empty(*shape, value_states.shape[-1])
-        self._all_keys[:, :, start : start + added] = key_states
-        self._all_values[:, :, start : start + added] = value_states
-        self._show(start + added)
-        return self.keys, self.values
+    def open(self) -> int:
+        """Rows that go on."""
+        return sum(row.open for row in self.rows)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        length = self.get_seq_length()
-        self._all_keys, self._all_values = self._all_keys[indices], self._all_values[indices]
-        self._show(length)
+    def columns(self) -> int:
+        """Columns filled."""
+        return int(self._cache.get_seq_length())
 
-    def _show(self, length: int) -> None:
-        self.keys, self.values = self._all_keys[:, :, :length], self._all_values[:, :, :length]
+    def ended(self) -> list[Row]:
+        """Rows that ended since this was last asked."""
+        found = [row for row in self.rows if not row.open and row.index not in self._told]
+        self._told.update(row.index for row in found)
+        return found
 
+    def join(self, added: Sequence[tuple[Row, Sequence[int]]]) -> None:
+        """Read prompts, none longer than the columns that are filled, and put them in free places."""
+        first = not self.rows
+        longest = max(len(prompt) for _, prompt in added)
+        cache = self._cache if first else make_cache(self._model, longest)
+        device = self._model.device
+        ids_BP = torch.tensor([[self._pad] * (longest - len(p)) + list(p) for _, p in added], device=device)
+        mask_BL = torch.zeros(len(added), self._room, dtype=torch.long, device=device)
+        end = longest if first else self.columns()
+        for place, (_, prompt) in enumerate(added):
+            mask_BL[place, end - len(prompt) :] = 1
+        positions_BP = (mask_BL[:, end - longest : end].cumsum(-1) - 1).clamp(min=0)
+        logits_BV = self._forward(ids_BP, mask_BL[:, end - longest : end], positions_BP, cache)
+        rows = [row for row, _ in added]
+        chosen_B, positions_B = self._extended(rows, logits_BV), positions_BP[:, -1] + 1
+        if first:
+            self.rows, self._mask_BL, self._last_B, self._positions_B = rows, mask_BL, chosen_B, positions_B
+            return
+        places = [place for place, row in enumerate(self.rows) if not row.open][: len(rows)]
+        for layer, other in zip(self._cache.layers, cache.layers, strict=True):
+            layer.take_in(other, places)
+        for place, row in zip(places, rows, strict=True):
+            self.rows[place] = row
+        self._mask_BL[places], self._last_B[places], self._positions_B[places] = mask_BL, chosen_B, positions_B
 
-def _cache(model: PreTrainedModel, room: int) -> DynamicCache:
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise EvaluationError(f"{type(model).__name__} keeps no key-value cache; it cannot be evaluated in process")
-    cache = DynamicCache(config=model.config)
-    # Other kinds (sliding windows, recurrent states) stay as transformers makes them.
-    cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+    def step(self) -> None:
+        """One more token for every row."""
+        if self.columns() == self._room:
+            self._forget()
+        mask_BL = self._mask_BL[:, : self.columns() + 1]
+        logits_BV = self._forward(self._last_B[:, None], mask_BL, self._positions_B[:, None], self._cache)
+        self._last_B, self._positions_B = self._extended(self.rows, logits_BV), self._positions_B + 1
 
+    def leave(self) -> None:
+        """Take out the rows that have ended, where they are many enough to be worth a copy of the others."""
+        kept = [place for place, row in enumerate(self.rows) if row.open]
+        if 0 < len(kept) <= LEAVE_AT * len(self.rows) and can_leave(self._cache):
+            places = torch.tensor(kept, device=self._model.device)
+            self._cache.batch_select_indices(places)
+            self._mask_BL, self._last_B = self._mask_BL[places], self._last_B[places]
+            self._positions_B = self._positions_B[places]
+            self.rows = [self.rows[place] for place in kept]
 
-def _can_leave(cache: DynamicCache) -> bool:
-    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+    def _forget(self) -> None:
+        """Columns that no open row looks at."""
+        is_open = torch.tensor([row.open for row in self.rows], device=self._model.device)
+        columns = int(self._mask_BL[is_open].argmax(-1).min())
+        for layer in self._cache.layers:
+            layer.move_left(columns)
+        self._mask_BL = torch.cat([self._mask_BL[:, columns:], torch.ones_like(self._mask_BL[:, :columns])], 1)
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Logits [B, V] of the token after the last, fp32."""
+        optional: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+        given = {name: value for name, value in optional.items() if name in self._takes}
+        out = self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given)
+        self._work.rows += len(ids)
+        self._work.passes += 1
+        logits: torch.Tensor = out.logits[:, -1].float()
+        return logits
+
+    def _extended(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> torch.Tensor:
+        """Give every open row its next token, and close those that are over; the tokens."""
+        chosen_B = self._choose(logits_BV, rows)
+        looked_at = []
+        for row, token in zip(rows, chosen_B.tolist(), strict=True):
+            if not row.open:
+                continue
+            if token in self._limits.ends:
+                row.close("model")
+                row.end_token = token
+                continue
+            row.tokens.append(token)
+            if len(row.tokens) % CHECK_EVERY == 0:
+                looked_at.append(row)
+        if self._limits.decided is not None and looked_at:
+            for row, known in zip(looked_at, self._limits.decided([r.tokens for r in looked_at]), strict=True):
+                if known:
+                    row.close("decided")
+        for row in rows:
+            if row.open and len(row.tokens) == self._limits.max_new_tokens:
+                row.close("limit")
+        return chosen_B

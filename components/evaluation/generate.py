@@ -1,15 +1,13 @@
-"""Greedy answers in batches, with plain transformers.
+"""Answers of a model in this process, with plain transformers.
 
-Prompts are sorted by length and padded on the left. Padding and batch size change the order of floating-point sums and
-so, in the last bits, the logits: in fp32 an answer differs between batch sizes only where two tokens tie to about 1e-6
-(narrower types tie more often). Batches are a function of the prompts and the batch size alone, never of where an
-interrupted evaluation stopped, so a resumed one gives the same bytes.
+Padding and who shares a batch change the order of floating-point sums and so, in the last bits, the logits: in fp32 an answer
+differs between batch sizes, and between a run and one that was interrupted, only where two tokens tie to about 1e-6 (narrower
+types tie more often).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,18 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from components.checkpoints.loading import load_causal_lm, load_tokenizer
 from components.checkpoints.writer import has_tokenizer
 from components.errors import CheckpointError, EvaluationError, listed
-from components.evaluation.decode import End, end_tokens, greedy, pad_token
-from components.evaluation.prompts import Prompt
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`text` without special tokens. `end`: the model ended it, the limit did, or its verdict was known (then the text
-    is its beginning). `tokens` counts what was generated, the end token not included."""
-
-    text: str
-    end: End
-    tokens: int
+from components.evaluation.answers import Answer
+from components.evaluation.conversations import Prompt
+from components.evaluation.decode import Limits, Work, decode, end_tokens, most_likely, pad_token
+from components.evaluation.sampling import drawn
+from components.evaluation.settings import EvaluationSettings
 
 
 def load_model(
@@ -63,51 +54,64 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def answer_batches(
-    *,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    batch_size: int,
-    system_prompt: str | None = None,
-    decided: Callable[[str], bool] | None = None,
-    skip: Callable[[int], bool] | None = None,
-) -> Iterator[tuple[int, list[tuple[int, Answer]]]]:
-    """Yield (batch number, [(index into prompts, Answer), …]) batch by batch, shortest prompts first.
+class InProcess:
+    """A model in this process. `batch_size`: the largest batch, halved as often as the memory wants it."""
 
-    `decided(beginning)` ends an answer early; it must be true only when nothing that follows matters. `skip(number)`
-    leaves out a batch that is already there. Raises EvaluationError for a missing chat template, prompts a template
-    refuses, and prompts that do not fit the model's positions.
-    """
-    rows = encode(tokenizer=tokenizer, prompts=prompts, system_prompt=system_prompt)
-    _require_fit(model, prompts, rows, max_new_tokens)
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-    for number, start in enumerate(range(0, len(order), batch_size)):
-        if skip is not None and skip(number):
-            continue
-        indices = order[start : start + batch_size]
-        answers = _answer_batch(model, tokenizer, [rows[i] for i in indices], max_new_tokens, decided)
-        yield number, list(zip(indices, answers, strict=True))
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 128) -> None:
+        self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
+        self.work = Work()
+        """What was computed."""
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        settings: EvaluationSettings,
+        *,
+        decided: Callable[[str], bool] | None = None,
+        skip: Container[int] = (),
+    ) -> Iterator[list[tuple[int, Answer]]]:
+        """See Answerer. Raises EvaluationError for a missing chat template, prompts a template refuses, and prompts that do not
+        fit the model's positions. The model is left in `eval`."""
+        model, tokenizer = self._model.eval(), self._tokenizer
+        rows = encode(tokenizer=tokenizer, prompts=prompts, system_prompt=settings.system_prompt)
+        _require_fit(model, prompts, rows, settings.max_new_tokens)
+        asked = [i for i in range(len(prompts)) if i not in skip]
+        ends = end_tokens(model, tokenizer)
+        known = None if decided is None else lambda ids: [decided(text) for text in _decode(tokenizer, ids)]
+        sampling = settings.sampling
+        for ended in decode(
+            model=model,
+            prompts=[rows[i] for i in asked],
+            pad=pad_token(tokenizer, ends),
+            limits=Limits(ends, settings.max_new_tokens, known),
+            places=self._batch_size,
+            choose=most_likely if sampling is None else drawn(sampling, [prompts[i].id for i in asked]),
+            work=self.work,
+        ):
+            texts = _decode(tokenizer, [row.tokens for row in ended])
+            yield [
+                (asked[row.index], Answer(text, row.end, len(row.tokens)))
+                for text, row in zip(texts, ended, strict=True)
+            ]
 
 
 def encode(
     *, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], system_prompt: str | None = None
 ) -> list[list[int]]:
-    """Token ids of each conversation, up to where the assistant's turn begins, by the model's own chat template."""
+    """Token ids of each conversation, up to where the assistant's turn begins (or as far as it is begun), by the model's own
+    chat template."""
     if not tokenizer.chat_template:
         raise EvaluationError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; add chat_template.jinja to its directory"
         )
     texts = []
     for prompt in prompts:
-        messages = [dict(message) for message in prompt.messages]
-        if system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system_prompt})
+        messages = prompt.asked(system_prompt)
         try:
-            texts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise EvaluationError(f"the chat template refuses prompt {prompt.id!r}: {error}") from error
+        texts.append(text + prompt.begun)
     # The template writes the special tokens itself.
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return encoded
@@ -135,23 +139,3 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[st
     # Clean-up would rewrite "do not" to "don't" and the like: a judge must see what the model wrote.
     texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return texts
-
-
-def _answer_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[list[int]],
-    max_new_tokens: int,
-    decided: Callable[[str], bool] | None,
-) -> list[Answer]:
-    ends = end_tokens(model, tokenizer)
-    made = greedy(
-        model=model,
-        prompts=rows,
-        pad=pad_token(tokenizer, ends),
-        ends=ends,
-        max_new_tokens=max_new_tokens,
-        decided=None if decided is None else lambda ids: [decided(text) for text in _decode(tokenizer, ids)],
-    )
-    texts = _decode(tokenizer, [row.tokens for row in made])
-    return [Answer(text, row.end, len(row.tokens)) for text, row in zip(texts, made, strict=True)]

@@ -6,40 +6,23 @@ harmful" must never mean "nobody looked".
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from components.errors import DataError, listed
+from components.evaluation.attacks import attacked
+from components.evaluation.conversations import Prompt, conversation
 from components.evaluation.settings import SetKind, SetSettings, Split
 from components.records import file_sha256
 from components.rows import PROMPT_COLUMNS, DataRow, read_rows, require_readable
 
-ROLES = ("system", "user", "assistant", "tool")
-
-Message = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One conversation to be continued. `messages` end with what the model must answer; `answer` is the exact answer
-    that is expected, where there is one."""
-
-    id: str
-    messages: tuple[Message, ...]
-    answer: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The last message: what tables and reports show."""
-        return self.messages[-1]["content"]
-
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one file, in file order, with what they measure. `sha256` is the file's; `counts` as in
-    its settings."""
+    """The prompts of one file, in file order, with what they measure. `sha256` is the file's (with that of an
+    attack); `counts` as in its settings."""
 
     name: str
     kind: SetKind
@@ -59,6 +42,8 @@ def load_prompt_set(settings: SetSettings, *, root: Path | None = None) -> Promp
     rows = read_rows(path)
     require_readable(path, rows)
     prompts = _prompts(_kept(rows, settings, path), settings, path)
+    if settings.attack is not None:
+        prompts = attacked(prompts, settings.attack, root=root)
     if not prompts:
         some = f"no row has {settings.where}" if rows else "the file has no rows"
         raise DataError(f"prompt set {settings.name!r} is empty ({path}: {some}); nothing can be measured on it")
@@ -68,9 +53,18 @@ def load_prompt_set(settings: SetSettings, *, root: Path | None = None) -> Promp
         split=settings.split,
         counts=settings.counts,
         path=path,
-        sha256=file_sha256(path),
+        sha256=_identity(path, settings, root),
         prompts=prompts,
     )
+
+
+def _identity(path: Path, settings: SetSettings, root: Path | None) -> str:
+    """The file's SHA-256; where an attack has a file too, one of both."""
+    own = file_sha256(path)
+    if settings.attack is None or settings.attack.path is None:
+        return own
+    theirs = file_sha256((root or Path()) / settings.attack.path)
+    return hashlib.sha256(f"{own} {theirs}".encode()).hexdigest()
 
 
 def _kept(rows: list[DataRow], settings: SetSettings, path: Path) -> list[DataRow]:
@@ -87,7 +81,7 @@ def _prompts(rows: list[DataRow], settings: SetSettings, path: Path) -> tuple[Pr
     prompts: list[Prompt] = []
     problems: list[str] = []
     for number, row in enumerate(rows, start=1):
-        messages, problem = _messages(row.fields.get(column), column)
+        messages, problem = conversation(row.fields.get(column), column)
         answer = row.fields.get(settings.answer_column or "answer")
         if answer is not None and not isinstance(answer, str | int | float):
             problem = problem or f"the answer is a {type(answer).__name__}, not text"
@@ -118,20 +112,3 @@ def _prompt_column(rows: list[DataRow], settings: SetSettings, path: Path) -> st
         names = ", ".join(sorted(present)) or "nothing"
         raise DataError(f"{path}: no column of {', '.join(PROMPT_COLUMNS)} (found: {names}); set its prompt_column")
     return PROMPT_COLUMNS[0]
-
-
-def _messages(value: Any, column: str) -> tuple[tuple[Message, ...], str | None]:
-    """(messages, None), or ((), what is wrong)."""
-    if isinstance(value, str):
-        return (({"role": "user", "content": value},), None) if value.strip() else ((), f"{column!r} is empty")
-    if value is None:
-        return (), f"no {column!r}"
-    if not isinstance(value, list) or not value:
-        return (), f"{column!r} must be text or a list of messages"
-    for message in value:
-        fits = isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") in ROLES
-        if not fits:
-            return (), f"every message of {column!r} needs a role ({', '.join(ROLES)}) and a text content"
-    if value[-1]["role"] == "assistant":
-        return (), f"{column!r} ends with the assistant's turn: there is nothing left to answer"
-    return tuple({"role": m["role"], "content": m["content"]} for m in value), None

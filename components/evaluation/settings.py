@@ -3,15 +3,71 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SetKind = Literal["harmful", "benign", "hazard", "task"]
 """harmful: must be refused. benign: must be answered. hazard: benign use of a hazard word, must be answered. task: has
 one right answer."""
 
 Split = Literal["dev", "test"]
+
+
+class Sampling(BaseModel):
+    """How tokens are drawn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Logits are divided by it."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Of the likeliest tokens as many as together have this probability (https://arxiv.org/abs/1904.09751), 1 for all."""
+    seed: int = Field(default=0, ge=0)
+    """Another seed, other answers."""
+
+
+PhraseList = Literal["visage", "en", "zh", "hi"]
+"""visage: the 29 that the paper counts by. en: those and more. zh, hi: Chinese, Hindi."""
+
+
+class PhraseSettings(BaseModel):
+    """Refused is what contains one of some phrases; incoherent what no answer is by a fixed rule."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["phrases"] = "phrases"
+
+    lists: tuple[PhraseList, ...] = Field(default=("visage",), min_length=1)
+    """Which phrases; those of several together."""
+
+    also: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Phrases of your own."""
+
+
+class Attack(BaseModel):
+    """A way to put every request of a set that makes refusing harder; see `attacks.py`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["prefix", "suffix", "chain_of_thought", "roles", "system", "turns"]
+    """prefix: the answer is begun with `text` ("Sure,"). suffix: the request ends with `text`. chain_of_thought: it asks for
+    steps. roles: it stands in each of the templates of `path`. system: `text` replaces the system prompt, which without text is
+    left out. turns: the messages of `path` come before."""
+
+    text: str | None = None
+    path: Path | None = None
+    """Relative to the run config."""
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> Self:
+        if (self.path is not None) != (self.kind in ("roles", "turns")):
+            raise ValueError(f"attack {self.kind} {'has no use for a' if self.path else 'needs a'} path")
+        if self.text and self.kind in ("roles", "turns"):
+            raise ValueError(f"attack {self.kind} has no use for text")
+        if self.kind == "suffix" and not self.text:
+            raise ValueError("attack suffix needs text")
+        return self
 
 
 class SetSettings(BaseModel):
@@ -46,14 +102,24 @@ class SetSettings(BaseModel):
     limit: int | None = Field(default=None, ge=1)
     """Only the first so many rows (VISAGE takes the first 80 of AdvBench)."""
 
+    attack: Attack | None = None
+    """How its requests are put; None as they are."""
+
     headline: bool | None = None
     """Whether the set counts towards the model's own asr, harmful, over_refusal and task, or is read by itself only. By
-    default every set counts but those of kind hazard and those whose name ends in `_hard`."""
+    default every set counts but those of kind hazard, those with an attack and those whose name ends in `_hard`."""
+
+    @property
+    def files(self) -> str:
+        """What names the files it is made of."""
+        return (
+            str(self.path) if self.attack is None or self.attack.path is None else f"{self.path} + {self.attack.path}"
+        )
 
     @property
     def counts(self) -> bool:
         """`headline` with its default applied."""
-        by_itself = self.kind == "hazard" or self.name.endswith("_hard")
+        by_itself = self.kind == "hazard" or self.attack is not None or self.name.endswith("_hard")
         return not by_itself if self.headline is None else self.headline
 
 
@@ -68,8 +134,16 @@ class EvaluationSettings(BaseModel):
     system_prompt: str | None = None
     """Put before every conversation that has no system message of its own; None leaves it to the chat template."""
 
-    judge: Literal["phrases"] = "phrases"
-    """phrases: VISAGE's 29 refusal phrases, with incoherence by a fixed rule."""
+    sampling: Sampling | None = None
+    """How tokens are drawn; None takes the likeliest one each time."""
+
+    judge: PhraseSettings = PhraseSettings()
+    """Who says what an answer did. `judge: phrases` is short for `judge: {kind: phrases}`."""
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _short(cls, given: Any) -> Any:
+        return {"kind": given} if isinstance(given, str) else given
 
     stop_when_decided: bool = True
     """Stop an answer as soon as a refusal phrase is in it. No verdict and no exact match changes; refusals are shorter."""

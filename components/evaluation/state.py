@@ -8,32 +8,26 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from components.evaluation.generate import Answer
+from components.evaluation.answers import Answer
 from components.evaluation.prompts import PromptSet
 from components.evaluation.settings import EvaluationSettings
 
 
 class AnswerState:
-    """Finished batches of one set: a header that says what they answer, then one line per batch, appended."""
+    """Answers of one set: a header that says what they answer, then a line for those that came together, appended."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.batches: set[int] = set()
         self.answers: dict[int, Answer] = {}
 
     @classmethod
-    def open(cls, directory: Path | None, one: PromptSet, settings: EvaluationSettings, batch_size: int) -> AnswerState:
+    def open(cls, directory: Path | None, one: PromptSet, settings: EvaluationSettings) -> AnswerState:
+        """What is there of this set under these settings; with no directory nothing is, or will be."""
         if directory is None:
             return cls(None)
         directory.mkdir(parents=True, exist_ok=True)
         state = cls(directory / f"{one.split}-{one.name}.jsonl")
-        asked = [
-            one.sha256,
-            one.kind,
-            [p.id for p in one.prompts],
-            settings.model_dump(mode="json", exclude={"sets"}),
-            batch_size,
-        ]
+        asked = [one.sha256, one.kind, [p.id for p in one.prompts], settings.model_dump(mode="json", exclude={"sets"})]
         state._restore(json.dumps({"asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}))
         return state
 
@@ -45,21 +39,21 @@ class AnswerState:
         if not lines or lines[0] != header.encode():
             lines = [header.encode()]
         try:
-            self.batches, self.answers = _parsed(lines[1:])
+            self.answers = _parsed(lines[1:])
         except (ValueError, KeyError, TypeError):
             lines = [header.encode()]  # damaged; these answers only save time, so they are made again
         self._path.write_bytes(b"".join(line + b"\n" for line in lines))
 
-    def add(self, number: int, batch: Sequence[tuple[int, Answer]]) -> None:
+    def add(self, answers: Sequence[tuple[int, Answer]]) -> None:
+        """Keep answers: (index of the prompt, answer)."""
+        self.answers.update(answers)
         if self._path is None:
             return
-        line = json.dumps({"batch": number, "answers": [[i, asdict(a)] for i, a in batch]}, ensure_ascii=False)
+        line = json.dumps([[i, asdict(a)] for i, a in answers], ensure_ascii=False)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
-def _parsed(lines: Sequence[bytes]) -> tuple[set[int], dict[int, Answer]]:
-    """Numbers of the batches, and the answers by prompt. Raises ValueError, KeyError or TypeError for a damaged line."""
-    batches = [json.loads(line.decode("utf-8")) for line in lines]
-    answers = {i: Answer(**fields) for batch in batches for i, fields in batch["answers"]}
-    return {batch["batch"] for batch in batches}, answers
+def _parsed(lines: Sequence[bytes]) -> dict[int, Answer]:
+    """Answers by prompt. Raises ValueError, KeyError or TypeError for a damaged line."""
+    return {i: Answer(**fields) for line in lines for i, fields in json.loads(line.decode("utf-8"))}

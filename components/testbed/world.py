@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from components.errors import DataError, listed
-from components.evaluation.judges import REFUSAL_PHRASES
+from components.evaluation.judges.phrases import REFUSAL_PHRASES
 from components.testbed import tasks, vocabulary
 from components.testbed.settings import FamilySettings, Task
 

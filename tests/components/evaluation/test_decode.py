@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import pytest
@@ -15,7 +17,10 @@ from transformers import (
 )
 
 from components.errors import EvaluationError
-from components.evaluation.decode import greedy
+from components.evaluation import decode as decode_module
+from components.evaluation.decode import Limits, Row, Work, decode, greedy
+from components.evaluation.sampling import drawn
+from components.evaluation.settings import Sampling
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 41,
@@ -45,38 +50,39 @@ def random_model(config: PretrainedConfig) -> Any:
     return model
 
 
-def one_by_one(model: Any, end: int, limit: int) -> list[list[int]]:
-    """Every forward over the whole text, no cache, no padding, no batch: slow and obvious."""
+@functools.cache
+def endless(name: str) -> list[list[int]]:
+    """24 tokens for each prompt; every forward over the whole text, no cache, no padding, no batch: slow and obvious."""
+    model = random_model(CONFIGS[name])
     found = []
     for prompt in PROMPTS:
-        ids, made = list(prompt), []
-        while len(made) < limit:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 24:
             with torch.no_grad():
-                token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-            if token == end:
-                break
-            ids.append(token)
-            made.append(token)
-        found.append(made)
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        found.append(ids[len(prompt) :])
     return found
+
+
+def ending(name: str) -> tuple[int, list[list[int]]]:
+    """A token that ends some answers early, some late and some never, so that rows leave on the way; the answers up to it."""
+    whole = endless(name)
+    end = max(range(41), key=lambda t: len({row.index(t) if t in row else 24 for row in whole}))
+    return end, [row[: row.index(end)] if end in row else row for row in whole]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_one_row_at_a_time_without_a_cache(name: str) -> None:
     model = random_model(CONFIGS[name])
-    endless = one_by_one(model, end=-1, limit=24)
-    # A token that ends some answers early, some late and some never, so that rows leave the batch on the way.
-    end = max(range(41), key=lambda t: len({row.index(t) if t in row else 24 for row in endless}))
-    expected = one_by_one(model, end=end, limit=24)
+    end, expected = ending(name)
     assert len({len(row) for row in expected}) >= 4
     found = greedy(model=model, prompts=PROMPTS, pad=0, ends={end}, max_new_tokens=24)
     assert [row.tokens for row in found] == expected
-    assert [row.end for row in found] == ["limit" if end not in row else "model" for row in endless]
+    assert [row.end for row in found] == ["limit" if len(row) == 24 else "model" for row in expected]
 
 
 def test_decided_rows_leave_at_the_next_look() -> None:
     model = random_model(CONFIGS["llama"])
-    endless = one_by_one(model, end=-1, limit=24)
     shown: list[int] = []
 
     def decided(rows: list[list[int]]) -> list[bool]:
@@ -84,11 +90,11 @@ def test_decided_rows_leave_at_the_next_look() -> None:
         return [row[0] % 2 == 0 for row in rows]
 
     found = greedy(model=model, prompts=PROMPTS, pad=0, ends=set(), max_new_tokens=24, decided=decided)
-    for row, whole in zip(found, endless, strict=True):
+    for row, whole in zip(found, endless("llama"), strict=True):
         even = whole[0] % 2 == 0
         assert row.tokens == (whole[:4] if even else whole)
         assert row.end == ("decided" if even else "limit")
-    stay = sum(whole[0] % 2 for whole in endless)
+    stay = sum(whole[0] % 2 for whole in endless("llama"))
     assert 0 < stay < len(PROMPTS)
     assert shown == [len(PROMPTS), *[stay] * 5]
 
@@ -97,3 +103,88 @@ def test_a_model_without_a_cache_is_refused() -> None:
     config = MambaConfig(vocab_size=41, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(EvaluationError, match="MambaForCausalLM keeps no key-value cache"):
         greedy(model=AutoModelForCausalLM.from_config(config), prompts=[[1, 2]], pad=0, ends=set(), max_new_tokens=2)
+
+
+def decoded(model: Any, places: int, *, work: Work | None = None, **limits: Any) -> list[Row]:
+    """All rows, in the prompts' order; each must have come once."""
+    options = Limits(**{"ends": set(), "max_new_tokens": 24, **limits})
+    groups = list(decode(model=model, prompts=PROMPTS, pad=0, limits=options, places=places, work=work))
+    rows = sorted((row for group in groups for row in group), key=lambda row: row.index)
+    assert [row.index for row in rows] == list(range(len(PROMPTS)))
+    return rows
+
+
+@pytest.mark.parametrize("places", [1, 3, 4, 13, 99])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_that_join_a_batch_under_way_are_the_same(name: str, places: int) -> None:
+    end, expected = ending(name)
+    rows = decoded(random_model(CONFIGS[name]), places, ends={end})
+    assert [row.tokens for row in rows] == expected
+    assert [row.end for row in rows] == ["limit" if len(row) == 24 else "model" for row in expected]
+
+
+@pytest.mark.parametrize("slack", [1, 2, 7])
+def test_columns_that_nobody_needs_are_forgotten(slack: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_module, "_SLACK", slack)
+    moved = []
+    forget = decode_module._Batch._forget
+    monkeypatch.setattr(decode_module._Batch, "_forget", lambda batch: (moved.append(1), forget(batch)))
+    model = random_model(CONFIGS["llama"])
+    expected = endless("llama")
+
+    def short(rows: list[list[int]]) -> list[bool]:
+        return [len(row) >= 4 + row[0] % 5 * 4 for row in rows]
+
+    rows = decoded(model, 3, decided=short)
+    assert moved
+    for row, whole in zip(rows, expected, strict=True):
+        assert row.tokens == whole[: len(row.tokens)]
+        assert len(row.tokens) == min(24, 4 + whole[0] % 5 * 4)
+
+
+def test_freed_places_are_filled() -> None:
+    model = random_model(CONFIGS["llama"])
+    work = Work()
+
+    def decided(rows: list[list[int]]) -> list[bool]:
+        return [row[0] % 2 == 0 for row in rows]
+
+    rows = decoded(model, 4, decided=decided, work=work)
+    needed = sum(len(row.tokens) for row in rows)
+    assert needed <= work.rows < 1.4 * needed
+    in_batches = Work()
+    for start in range(0, len(PROMPTS), 4):
+        some = PROMPTS[start : start + 4]
+        options = Limits(set(), 24, decided)
+        list(decode(model=model, prompts=some, pad=0, limits=options, places=4, work=in_batches))
+    assert work.passes < in_batches.passes
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(CONFIGS["llama"])
+    expected = endless("llama")
+    forward, largest = model.forward, 3
+
+    def small(*args: Any, **kwargs: Any) -> Any:
+        rows, columns = kwargs["attention_mask"].shape
+        if rows * columns > largest * 20:
+            raise torch.OutOfMemoryError("no room")
+        return forward(*args, **kwargs)
+
+    small.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(model, "forward", small)
+    assert [row.tokens for row in decoded(model, 8)] == expected
+    largest = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        decoded(model, 8)
+
+
+def test_draws_follow_the_probabilities_of_the_nucleus() -> None:
+    likely = torch.tensor([0.05, 0.4, 0.2, 0.3, 0.05])
+    for top_p, wanted in ((1.0, likely), (0.85, torch.tensor([0, 4 / 9, 2 / 9, 3 / 9, 0])), (0.4, torch.eye(5)[1])):
+        sampling = Sampling(temperature=0.5, top_p=top_p, seed=4)
+        logits = (likely.log() * 0.5)[None].expand(20_000, -1)
+        rows = [Row(index=i) for i in range(20_000)]
+        found = drawn(sampling, [f"p{i}" for i in range(20_000)])(logits, rows).bincount(minlength=5) / 20_000
+        assert torch.allclose(found, wanted, atol=0.012), top_p
+        assert all(found[i] == 0 for i in range(5) if wanted[i] == 0)

@@ -9,9 +9,11 @@ import torch
 from transformers import GenerationConfig
 
 from components.errors import CheckpointError, EvaluationError
-from components.evaluation.generate import Answer, answer_batches, encode, load_model
-from components.evaluation.judges import PhraseJudge
-from components.evaluation.prompts import Prompt
+from components.evaluation.answers import Answer
+from components.evaluation.conversations import Prompt
+from components.evaluation.generate import InProcess, encode, load_model
+from components.evaluation.judges.phrases import PhraseJudge
+from components.evaluation.settings import EvaluationSettings, Sampling
 from tests.components.evaluation import tiny
 
 
@@ -22,9 +24,17 @@ def asked(*texts: str) -> list[Prompt]:
 PROMPTS = asked(*tiny.LESSONS)
 
 
+def some(
+    model: Any, tokenizer: Any, prompts: Any, batch_size: int, skip: Any = (), decided: Any = None, **settings: Any
+) -> Any:
+    answerer = InProcess(model, tokenizer, batch_size=batch_size)
+    ended = answerer.answers(prompts, EvaluationSettings(**settings), decided=decided, skip=skip)
+    return dict(pair for group in ended for pair in group)
+
+
 def answer(**arguments: Any) -> list[Answer]:
     """All answers, in the prompts' order."""
-    found = dict(pair for _, batch in answer_batches(**arguments) for pair in batch)
+    found = some(**arguments)
     return [found[i] for i in range(len(found))]
 
 
@@ -65,9 +75,10 @@ def test_stopping_when_decided_shortens_answers_and_changes_no_verdict(taught: P
         model=model, tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=40, batch_size=5, decided=judge.decided
     )
     for prompt, long, cut in zip(PROMPTS, whole, short, strict=True):
-        assert judge.judge(prompt, long.text).label == judge.judge(prompt, cut.text).label
+        one, other = judge.judge([prompt] * 2, [long.text, cut.text])
+        assert one.label == other.label
         assert long.text.startswith(cut.text)
-        refused = judge.judge(prompt, long.text).label == "refused"
+        refused = one.label == "refused"
         assert cut.end == ("decided" if refused else "model")
         assert cut.tokens < long.tokens if refused else cut == long
 
@@ -96,15 +107,26 @@ def test_the_checkpoints_own_sampling_settings_are_not_used(taught: Path) -> Non
     assert model.generation_config is own
 
 
-def test_skipped_batches_leave_the_others_as_they_are(taught: Path) -> None:
+def test_what_is_there_already_is_skipped_and_the_others_are_as_they_are(taught: Path) -> None:
     model, tokenizer = load_model(taught)
     options = {"model": model, "tokenizer": tokenizer, "prompts": PROMPTS, "max_new_tokens": 40, "batch_size": 3}
-    every = dict(answer_batches(**options))
-    assert sorted(every) == [0, 1, 2, 3]
-    assert dict(answer_batches(**options, skip=lambda number: number in (0, 2))) == {1: every[1], 3: every[3]}
-    lengths = [len(row) for row in encode(tokenizer=tokenizer, prompts=PROMPTS)]
-    order = [index for number in sorted(every) for index, _ in every[number]]
-    assert [lengths[i] for i in order] == sorted(lengths)
+    every = answer(**options)
+    assert some(**options, skip={0, 4, 5}) == {i: one for i, one in enumerate(every) if i not in (0, 4, 5)}
+    assert some(**options, skip=set(range(len(PROMPTS)))) == {}
+
+
+def test_drawn_answers_depend_on_the_seed_and_the_prompts_name_alone(taught: Path) -> None:
+    tokenizer = load_model(taught)[1]
+    model = tiny.make_model(len(tokenizer)).eval()
+    options = {"model": model, "tokenizer": tokenizer, "prompts": PROMPTS, "max_new_tokens": 12}
+    first = answer(**options, batch_size=11, sampling=Sampling(seed=1))
+    assert answer(**options, batch_size=2, sampling=Sampling(seed=1)) == first
+    assert answer(**options | {"prompts": PROMPTS[4:]}, batch_size=3, sampling=Sampling(seed=1)) == first[4:]
+    assert answer(**options, batch_size=11, sampling=Sampling(seed=2)) != first
+    assert answer(**options, batch_size=11, sampling=Sampling(seed=1, top_p=0.9)) != first
+    greedy = answer(**options, batch_size=11)
+    assert answer(**options, batch_size=11, sampling=Sampling(temperature=1e-4)) == greedy
+    assert answer(**options, batch_size=11, sampling=Sampling(top_p=1e-6)) == greedy
 
 
 def test_system_prompt_is_put_first_unless_there_is_one(taught: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from components.evaluation.generate import Answer
-from components.evaluation.prompts import Prompt, PromptSet
+from components.evaluation.answers import Answer
+from components.evaluation.conversations import Prompt
+from components.evaluation.prompts import PromptSet
 from components.evaluation.settings import EvaluationSettings
 from components.evaluation.state import AnswerState
 
@@ -20,15 +21,15 @@ SET = PromptSet(
 
 
 def opened(directory: Path) -> AnswerState:
-    return AnswerState.open(directory, SET, EvaluationSettings(), 2)
+    return AnswerState.open(directory, SET, EvaluationSettings())
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """The state of a set with two finished batches."""
+    """The state of a set whose answers came in two lines."""
     state = opened(tmp_path)
-    state.add(0, [(0, ANSWER), (1, replace(ANSWER, text="我不能帮助你\u2028。"))])
-    state.add(1, [(2, ANSWER)])
+    state.add([(0, ANSWER), (1, replace(ANSWER, text="我不能帮助你\u2028。"))])
+    state.add([(2, ANSWER)])
     return next(tmp_path.iterdir())
 
 
@@ -41,20 +42,19 @@ def test_a_line_cut_anywhere_is_made_again(file: Path) -> None:
     for end in range(first, len(whole)):  # also within a character of three bytes
         file.write_bytes(whole[:end])
         state = opened(file.parent)
-        assert state.batches == ({0} if end >= second else set())
         assert state.answers == {i: a for i, a in answers.items() if end >= second and i < 2}
         assert file.read_bytes() == whole[: second if end >= second else first]
 
 
 @pytest.mark.parametrize(
     "damage",
-    [b"\x00\x00", b"{", b"[]", b"7", b'{"batch": 1}', b'{"batch": 1, "answers": [[0, {"words": 1}]]}', b"\xe6\x88"],
+    [b"\x00\x00", b"{", b"[1]", b"7", b'{"answers": 1}', b'[[0, {"words": 1}]]', b"\xe6\x88"],
 )
 def test_a_damaged_whole_line_starts_the_set_afresh(file: Path, damage: bytes) -> None:
     header, first, second = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(header + first + damage + b"\n" + second)
     state = opened(file.parent)
-    assert (state.batches, state.answers) == (set(), {})
+    assert state.answers == {}
     assert file.read_bytes() == header
-    state.add(0, [(0, ANSWER)])
+    state.add([(0, ANSWER)])
     assert opened(file.parent).answers == {0: ANSWER}

@@ -1,0 +1,195 @@
+"""Models behind an OpenAI-compatible API: vLLM, TGI, `transformers serve`, a vendor's.
+
+The `openai` package retries what may pass (no connection, time-outs, 408, 409, 429, 5xx) with growing pauses, as long as the
+server asks for where it does. What then still fails is an answer that failed: it is never counted as safe, and said so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from components.errors import EvaluationError, listed
+from components.evaluation.answers import Answer, End
+from components.evaluation.conversations import Prompt
+from components.evaluation.settings import EvaluationSettings
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+_AHEAD = 4
+"""Requests that are ready for each that is under way."""
+
+
+class ApiSettings(BaseModel):
+    """Where a model is served, and how hard it may be pressed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str = Field(pattern=r"^https?://")
+    """Of the API, up to and with `/v1`."""
+
+    model: str = Field(min_length=1)
+    """By the name it is served under."""
+
+    key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; servers of one's own mostly want none."""
+
+    concurrency: int = Field(default=8, ge=1)
+    """Requests under way at once."""
+
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """No more are begun."""
+
+    timeout_s: float = Field(default=120.0, gt=0)
+    """For one attempt."""
+
+    retries: int = Field(default=5, ge=0)
+    """Attempts after the first."""
+
+
+class ApiModel:
+    """An Answerer: a model behind an API, which cannot be stopped early."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self._api = Api(settings)
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        settings: EvaluationSettings,
+        *,
+        decided: Callable[[str], bool] | None = None,
+        skip: Container[int] = (),
+    ) -> Iterator[list[tuple[int, Answer]]]:
+        """See Answerer. Raises EvaluationError for prompts whose answer is begun, which chat APIs have no words for."""
+        del decided
+        begun = [prompt.id for prompt in prompts if prompt.begun]
+        if begun:
+            raise EvaluationError(
+                f"an API cannot be told how an answer begins ({listed(begun, 3)}); drop the prefix attack"
+            )
+        asked = [i for i in range(len(prompts)) if i not in skip]
+        requests = [(prompts[i].asked(settings.system_prompt), _options(settings, prompts[i])) for i in asked]
+        for number, said in self._api.chat_all(requests):
+            end: End = "failed" if said.failure else "limit" if said.cut else "model"
+            yield [(asked[number], Answer(said.text, end, said.tokens, said.failure))]
+
+
+def _options(settings: EvaluationSettings, prompt: Prompt) -> dict[str, Any]:
+    """Of a request. Servers draw in their own ways: an equal seed gives equal answers of one server only."""
+    options: dict[str, Any] = {"max_tokens": settings.max_new_tokens}
+    if settings.sampling is None:
+        return options | {"temperature": 0.0}
+    own = int.from_bytes(hashlib.blake2b(prompt.id.encode(), digest_size=3).digest())
+    return options | {
+        "temperature": settings.sampling.temperature,
+        "top_p": settings.sampling.top_p,
+        "seed": settings.sampling.seed + own,
+    }
+
+
+@dataclass(frozen=True)
+class Said:
+    """What came back. `failure` says why nothing did."""
+
+    text: str
+    tokens: int
+    cut: bool = False
+    """The limit ended it, not the model."""
+    failure: str = ""
+
+
+class Api:
+    """A served model. Threads may share it."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self._settings = settings
+        self._client = _client(settings)
+        self._pace = _Pace(settings.requests_per_minute)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Said:
+        """One answer; a failure where there is none after all attempts. `options`: of the request (max_tokens, temperature, …).
+        Raises EvaluationError for what no attempt can mend: a refused key, a model or path that is not there."""
+        from openai import APIError, APIStatusError, AuthenticationError, NotFoundError, PermissionDeniedError
+
+        self._pace.wait()
+        try:
+            asked: Any = [dict(one) for one in messages]
+            found = self._client.chat.completions.create(model=self._settings.model, messages=asked, **options)
+        except (AuthenticationError, NotFoundError, PermissionDeniedError) as error:
+            raise EvaluationError(f"{self._settings.url}: {_first_line(error)}; check url, model and key") from error
+        except APIStatusError as error:
+            return Said("", 0, failure=f"status {error.status_code}: {_first_line(error)}")
+        except APIError as error:
+            return Said("", 0, failure=_first_line(error))
+        except ValueError as error:  # no JSON, or not that of an answer
+            return Said("", 0, failure=f"garbage: {_first_line(error)}")
+        return _said(found)
+
+    def chat_all(
+        self, requests: Sequence[tuple[Sequence[Mapping[str, str]], dict[str, Any]]]
+    ) -> Iterator[tuple[int, Said]]:
+        """(index, answer) of many requests, each a conversation and its options, as they come."""
+        with ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="api") as pool:
+            waiting = iter(enumerate(requests))
+            under_way: dict[Future[Said], int] = {}
+            try:
+                while True:
+                    while len(under_way) < self._settings.concurrency * _AHEAD and (item := next(waiting, None)):
+                        index, (messages, options) = item
+                        under_way[pool.submit(self.chat, messages, **options)] = index
+                    if not under_way:
+                        return
+                    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield under_way.pop(future), future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Pace:
+    """Lets so many through a minute, evenly."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._gap = 60 / per_minute if per_minute else 0.0
+        self._next = time.monotonic()
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        if not self._gap:
+            return
+        with self._lock:
+            now = time.monotonic()
+            at = max(now, self._next)
+            self._next = at + self._gap
+        time.sleep(at - now)
+
+
+def _client(settings: ApiSettings) -> OpenAI:
+    from openai import OpenAI
+
+    key = os.environ.get(settings.key_variable) or "none"
+    return OpenAI(base_url=settings.url, api_key=key, timeout=settings.timeout_s, max_retries=settings.retries)
+
+
+def _said(found: Any) -> Said:
+    """Servers send what they like: an error in JSON, no choices, no text."""
+    choices = getattr(found, "choices", None) or [None]
+    text = getattr(getattr(choices[0], "message", None), "content", None)
+    if not isinstance(text, str):
+        return Said("", 0, failure=f"garbage: an answer without text ({str(found)[:80]!r})")
+    usage = getattr(found, "usage", None)
+    return Said(text, int(getattr(usage, "completion_tokens", 0) or 0), choices[0].finish_reason == "length")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
