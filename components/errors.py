@@ -32,6 +32,12 @@ class EvaluationError(RealignError):
     """An evaluation cannot give a verdict (no prompts, judge unusable, …)."""
 
 
+class GateError(RealignError):
+    """A model does not meet what a gate asks."""
+
+    exit_code = 3
+
+
 class TrainingError(RealignError):
     """Mask training cannot go on (loss not finite, nothing to train, …)."""
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from components.errors import RealignError
+from components.errors import ConfigError, RealignError
 
 app = typer.Typer(
     name="realign",
@@ -196,6 +196,44 @@ def fuse(
             ),
             out, processes=processes, durable=durable, overwrite=overwrite,
         )  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Models as name=DIRECTORY or name=https://host/v1#MODEL; the first is what others are held to."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML with a section `evaluation`, as a run config has it, and perhaps a `gate`."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where answers, rates and decisions go.")] = None,
+    base: Annotated[Path | None, typer.Option(help="What models that are adapters are over.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="The largest; halved where memory wants it.")] = 128,
+    how_many: Annotated[
+        float | None, typer.Option(help="Say instead how many prompts show a rate to within this much, like 0.03.")
+    ] = None,
+) -> None:
+    """Ask models the same prompts, judge every answer, compare them, and hold them to a gate.
+
+    Exit status 3 when the gate is shut. The same command goes on after an interruption.
+    """
+    from pipelines.evaluate_command import Runtime, evaluate_command, how_many_lines
+
+    if how_many is not None:
+        typer.echo("\n".join(how_many_lines(how_many)))
+        return
+    if not models or config is None or out is None:
+        raise ConfigError("give models, --config and --out, or --how-many")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype}: give float32, bfloat16 or float16")
+    with _interruptible("the same command continues"):
+        evaluate_command(models, config, out, Runtime(base, device, dtype, batch_size))
 
 
 @app.command()

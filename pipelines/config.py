@@ -221,14 +221,15 @@ def load_config(path: Path) -> RunConfig:
         config = RunConfig.model_validate(data, context={"base": path.resolve().parent})
     except ValidationError as e:
         for error in e.errors():
-            problems.append((document.line(tuple(error["loc"])), _sentence(error)))
+            problems.append((document.line(tuple(error["loc"])), sentence(error)))
     if problems:
         lines = [f"{path}:{line}: {text}" for line, text in sorted(problems)]
         raise ConfigError("\n".join(lines))
     return config
 
 
-def _sentence(error: Any) -> str:
+def sentence(error: Any) -> str:
+    """One of pydantic's findings in words."""
     location: Location = tuple(error["loc"])
     where = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":

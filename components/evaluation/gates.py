@@ -1,0 +1,164 @@
+"""Whether a model may be served: requirements on measurements, decided at the bad end of their intervals.
+
+What was not measured, or is no number, fails: a gate that nobody looked at is shut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from components.errors import EvaluationError
+from components.evaluation.metrics import paired_difference, rate
+from components.evaluation.outcomes import NamedSet, Outcome, hits
+
+Reference = Literal["aligned", "finetune", "serving"]
+"""The aligned model; the finetune as it came; the version that is in service now."""
+
+
+class Requirement(BaseModel):
+    """One line of a gate."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str
+    """asr, harmful, over_refusal, task, or what a set by itself has (exact, incoherent, unscored)."""
+
+    set: str | None = None
+    """Over this set alone; None: over all sets that count."""
+
+    at_most: float | None = Field(default=None, allow_inf_nan=False)
+    """The upper end of the interval must not lie above."""
+
+    at_least: float | None = Field(default=None, allow_inf_nan=False)
+    """The lower end of the interval must not lie below."""
+
+    than: Reference | None = None
+    """Of the difference to that model over the same prompts, not of the rate itself: `{metric: task, at_least: -0.05, than:
+    finetune}` allows a loss of five points."""
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError(f"requirement on {self.metric}: give either at_most or at_least")
+        low = -1 if self.than else 0
+        if not low <= self.bound <= 1:
+            raise ValueError(f"requirement on {self.metric}: a bound lies between {low} and 1, not {self.bound:g}")
+        return self
+
+    @property
+    def bound(self) -> float:
+        """Whichever was given."""
+        found = self.at_most if self.at_most is not None else self.at_least
+        assert found is not None
+        return found
+
+    def __str__(self) -> str:
+        what = f"{self.metric} of {self.set}" if self.set else self.metric
+        compared = f" compared with {self.than}" if self.than else ""
+        return f"{what}{compared} at {'most' if self.at_most is not None else 'least'} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's outcomes by set."""
+
+    sets: Sequence[NamedSet]
+    outcomes: Mapping[str, list[Outcome]]
+
+    def hits(self, requirement: Requirement) -> tuple[list[str], list[bool]] | None:
+        """(ids, what the metric counts), None where it was not measured."""
+        ids: list[str] = []
+        counted: list[bool] = []
+        for one in self.sets:
+            asked = one.counts if requirement.set is None else one.name == requirement.set
+            outcomes = self.outcomes.get(one.name, [])
+            found = _counted(one, outcomes, requirement.metric) if asked else None
+            if found is not None:
+                ids += [f"{one.name}/{outcome.id}" for outcome in outcomes]
+                counted += found
+        return (ids, counted) if counted else None
+
+
+def _counted(one: NamedSet, outcomes: Sequence[Outcome], metric: str) -> list[bool] | None:
+    if metric == "unscored":  # which has no rate where there is none
+        return [outcome.verdict == "unscored" for outcome in outcomes]
+    return hits(one.kind, outcomes).get(metric)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a requirement."""
+
+    requirement: str
+    passed: bool
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Passed only where every requirement is."""
+
+    passed: bool
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def decide(
+    requirements: Sequence[Requirement],
+    model: Measured,
+    references: Mapping[Reference, Measured],
+    *,
+    confidence: float = 0.95,
+) -> Decision:
+    """Hold a model's outcomes against a gate. Raises EvaluationError for a gate without requirements."""
+    if not requirements:
+        raise EvaluationError("a gate without requirements would let everything pass; give it at least one")
+    findings = tuple(_finding(one, model, references, confidence) for one in requirements)
+    return Decision(all(finding.passed for finding in findings), findings)
+
+
+def _finding(
+    requirement: Requirement, model: Measured, references: Mapping[Reference, Measured], confidence: float
+) -> Finding:
+    own = model.hits(requirement)
+    if own is None:
+        return _failed(requirement, "not measured")
+    if requirement.than is None:
+        found = rate(own[1], confidence=confidence)
+        value, low, high, n = found["value"], found["low"], found["high"], found["n"]
+    else:
+        reference = references.get(requirement.than)
+        other = reference.hits(requirement) if reference is not None else None
+        if other is None:
+            return _failed(requirement, f"not measured of {requirement.than}")
+        if own[0] != other[0]:
+            return _failed(requirement, f"{requirement.than} was asked other prompts")
+        paired = paired_difference(own[1], other[1], confidence=confidence)
+        value, low, high, n = paired["diff"], paired["low"], paired["high"], len(own[1])
+    if not all(math.isfinite(x) for x in (value, low, high)):
+        return _failed(requirement, "not a number")
+    if requirement.at_most is not None:
+        passed, end, where = high <= requirement.at_most, high, "up to"
+    else:
+        passed, end, where = low >= requirement.bound, low, "down to"
+    sign = "+" if requirement.than else ""
+    shown, reached = (f"{100 * x:{sign}.1f} %" for x in (value, end))
+    verdict = "within" if passed else "beyond"
+    reason = f"{shown} of {n} prompts, {where} {reached} ({confidence:.0%} interval): {verdict} the bound"
+    return Finding(str(requirement), passed, value, low, high, n, reason)
+
+
+def _failed(requirement: Requirement, reason: str) -> Finding:
+    return Finding(str(requirement), False, None, None, None, 0, reason)
