@@ -215,6 +215,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="The largest; halved where memory wants it.")] = 128,
+    key_variable: Annotated[
+        str | None, typer.Option(help="The environment variable with an API's key; for api.openai.com OPENAI_API_KEY.")
+    ] = None,
     how_many: Annotated[
         float | None, typer.Option(help="Say instead how many prompts show a rate to within this much, like 0.03.")
     ] = None,
@@ -233,7 +236,7 @@ def evaluate(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype}: give float32, bfloat16 or float16")
     with _interruptible("the same command continues"):
-        evaluate_command(models, config, out, Runtime(base, device, dtype, batch_size))
+        evaluate_command(models, config, out, Runtime(base, device, dtype, batch_size, key_variable))
 
 
 @app.command()

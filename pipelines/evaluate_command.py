@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.errors import ConfigError, GateError
 from components.evaluation.compare import compare_outcomes
@@ -19,6 +21,7 @@ from components.evaluation.gates import Decision, Measured, Reference, Requireme
 from components.evaluation.metrics import holm, how_many
 from components.evaluation.outcomes import HEADLINES, Outcome
 from components.evaluation.prompts import PromptSet, load_prompt_set
+from components.storage import write_atomic
 from components.yaml_lines import LocatedYaml
 from pipelines.config import RunConfig, sentence
 from pipelines.sections import EvaluationSection
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from components.reporting.schema import Rates
 
 TABLE, RATES, DECISION = "answers.parquet", "rates.json", "decision.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SHOWN_RATES = (0.0, 0.01, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -37,7 +41,7 @@ class EvaluateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     evaluation: EvaluationSection
-    gate: tuple[Requirement, ...] = ()
+    gate: Annotated[tuple[Requirement, ...], Field(min_length=1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Runtime:
     device: str
     dtype: str
     batch_size: int
+    key_variable: str | None = None
+    """Of APIs."""
 
 
 def load_evaluate_config(path: Path) -> EvaluateConfig:
@@ -79,8 +85,8 @@ def named_models(given: Sequence[str]) -> list[Named]:
         name, equals, place = one.partition("=")
         if not equals or "/" in name:
             name, place = one.rstrip("/").replace("#", "/").rsplit("/", 1)[-1], one
-        if not name or not place or any(name == other.name for other in found):
-            raise ConfigError(f"{one}: give each model a name of its own, as name=model")
+        if not _NAME.fullmatch(name) or not place or any(name == other.name for other in found):
+            raise ConfigError(f"{one}: give each model a name of its own (letters, digits, - _ .), as name=model")
         found.append(Named(name, place))
     return found
 
@@ -91,9 +97,14 @@ def evaluate_command(models: Sequence[str], config: Path, out: Path, runtime: Ru
 
     chosen = load_evaluate_config(config)
     named = named_models(models)
+    roles = get_args(Reference)
+    if chosen.gate is not None and all(one.name in roles for one in named):
+        raise ConfigError(f"{', '.join(roles)} are what a gate compares with; name the model that it is for otherwise")
     sets = [load_prompt_set(one) for one in chosen.evaluation.sets if one.split == "test"]
     rates: dict[str, Rates] = {}
     outcomes: dict[str, dict[str, list[Outcome]]] = {}
+    for name in (TABLE, RATES, DECISION):
+        (out / name).unlink(missing_ok=True)  # what an earlier run said is not said of this one
     for one in named:
         state = out / ".state" / hashlib.sha256(_identity(one, runtime).encode()).hexdigest()[:20]
         result = evaluate(
@@ -104,6 +115,9 @@ def evaluate_command(models: Sequence[str], config: Path, out: Path, runtime: Ru
     decisions = _decided(chosen, sets, outcomes)
     _write(out, sets, rates, outcomes, decisions)
     sys.stdout.write("\n".join(told_lines(chosen, sets, rates, outcomes, decisions)) + f"\n{out / TABLE}\n")
+    shutil.rmtree(
+        out / ".state", ignore_errors=True
+    )  # of an interrupted run alone: a place may hold another model later
     failed = [name for name, decision in decisions.items() if not decision.passed]
     if failed:
         raise GateError(f"the gate is shut for {', '.join(failed)}; see {out / DECISION}")
@@ -159,7 +173,7 @@ def _decided(
     config: EvaluateConfig, sets: Sequence[PromptSet], outcomes: Mapping[str, dict[str, list[Outcome]]]
 ) -> dict[str, Decision]:
     """Of every model that is no reference by its name."""
-    if not config.gate:
+    if config.gate is None:
         return {}
     measured = {name: Measured(sets, found) for name, found in outcomes.items()}
     roles = get_args(Reference)
@@ -191,8 +205,9 @@ def _write(
     ]
     pq.write_table(pa.Table.from_pylist(rows), out / TABLE)
     (out / RATES).write_text(json.dumps(rates, indent=1, ensure_ascii=False) + "\n")
-    told = {name: decision.to_json() for name, decision in decisions.items()}
-    (out / DECISION).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    if decisions:
+        told = {name: decision.to_json() for name, decision in decisions.items()}
+        write_atomic(out / DECISION, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
 def _opened(model: Named, runtime: Runtime) -> Answerer:
@@ -202,7 +217,7 @@ def _opened(model: Named, runtime: Runtime) -> Answerer:
         url, _, served = model.place.partition("#")
         if not served:
             raise ConfigError(f"{model.place}: say which model of the API, as {url}#model")
-        return ApiModel(ApiSettings(url=url, model=served))
+        return ApiModel(ApiSettings(url=url, model=served, key_variable=runtime.key_variable))
     import torch
 
     from components.evaluation.generate import InProcess, load_model
@@ -217,11 +232,10 @@ def _identity(model: Named, runtime: Runtime) -> str:
     place = Path(model.place)
     if not place.is_dir():
         return model.place
-    files = sorted(f for f in place.iterdir() if f.is_file())
-    return json.dumps([
-        str(place.resolve()), str(runtime.base), runtime.dtype,
-        [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-    ])  # fmt: skip
+    directories = [one.resolve() for one in (place, runtime.base) if one is not None]
+    files = [file for one in directories if one.is_dir() for file in sorted(one.iterdir()) if file.is_file()]
+    seen = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return json.dumps([*map(str, directories), runtime.dtype, seen])
 
 
 def _tell(name: str, told: Mapping[str, Any]) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,6 @@ from components.evaluation.settings import EvaluationSettings
 if TYPE_CHECKING:
     from openai import OpenAI
 
-_AHEAD = 4
-"""Requests that are ready for each that is under way."""
-
 
 class ApiSettings(BaseModel):
     """Where a model is served, and how hard it may be pressed."""
@@ -40,8 +37,8 @@ class ApiSettings(BaseModel):
     model: str = Field(min_length=1)
     """By the name it is served under."""
 
-    key_variable: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; servers of one's own mostly want none."""
+    key_variable: str | None = None
+    """The environment variable that holds the key. None: OPENAI_API_KEY for api.openai.com, and no key for anybody else."""
 
     concurrency: int = Field(default=8, ge=1)
     """Requests under way at once."""
@@ -124,36 +121,49 @@ class Api:
         self._pace.wait()
         try:
             asked: Any = [dict(one) for one in messages]
-            found = self._client.chat.completions.create(model=self._settings.model, messages=asked, **options)
+            return _said(self._client.chat.completions.create(model=self._settings.model, messages=asked, **options))
         except (AuthenticationError, NotFoundError, PermissionDeniedError) as error:
             raise EvaluationError(f"{self._settings.url}: {_first_line(error)}; check url, model and key") from error
         except APIStatusError as error:
             return Said("", 0, failure=f"status {error.status_code}: {_first_line(error)}")
         except APIError as error:
             return Said("", 0, failure=_first_line(error))
-        except ValueError as error:  # no JSON, or not that of an answer
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # no JSON, or not that of an answer
             return Said("", 0, failure=f"garbage: {_first_line(error)}")
-        return _said(found)
 
     def chat_all(
         self, requests: Sequence[tuple[Sequence[Mapping[str, str]], dict[str, Any]]]
     ) -> Iterator[tuple[int, Said]]:
         """(index, answer) of many requests, each a conversation and its options, as they come."""
-        with ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="api") as pool:
-            waiting = iter(enumerate(requests))
-            under_way: dict[Future[Said], int] = {}
-            try:
-                while True:
-                    while len(under_way) < self._settings.concurrency * _AHEAD and (item := next(waiting, None)):
-                        index, (messages, options) = item
-                        under_way[pool.submit(self.chat, messages, **options)] = index
-                    if not under_way:
-                        return
-                    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        yield under_way.pop(future), future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[int, Said | BaseException]] = queue.SimpleQueue()
+        for index in range(len(requests)):
+            todo.put(index)
+        stopped = threading.Event()
+
+        def work() -> None:
+            while not stopped.is_set():
+                try:
+                    index = todo.get_nowait()
+                except queue.Empty:
+                    return
+                messages, options = requests[index]
+                try:
+                    done.put((index, self.chat(messages, **options)))
+                except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                    done.put((index, error))
+
+        # Daemons: whoever interrupts does not wait for requests under way, their time-outs and pauses.
+        for _ in range(min(self._settings.concurrency, len(requests))):
+            threading.Thread(target=work, name="api", daemon=True).start()
+        try:
+            for _ in requests:
+                index, found = done.get()
+                if isinstance(found, BaseException):
+                    raise found
+                yield index, found
+        finally:
+            stopped.set()
 
 
 class _Pace:
@@ -177,7 +187,8 @@ class _Pace:
 def _client(settings: ApiSettings) -> OpenAI:
     from openai import OpenAI
 
-    key = os.environ.get(settings.key_variable) or "none"
+    own = "OPENAI_API_KEY" if settings.url.startswith("https://api.openai.com/") else None
+    key = os.environ.get(settings.key_variable or own or "") or "none"
     return OpenAI(base_url=settings.url, api_key=key, timeout=settings.timeout_s, max_retries=settings.retries)
 
 
@@ -188,6 +199,7 @@ def _said(found: Any) -> Said:
     if not isinstance(text, str):
         return Said("", 0, failure=f"garbage: an answer without text ({str(found)[:80]!r})")
     usage = getattr(found, "usage", None)
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written
     return Said(text, int(getattr(usage, "completion_tokens", 0) or 0), choices[0].finish_reason == "length")
 
 

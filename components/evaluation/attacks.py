@@ -6,6 +6,7 @@ a begun answer as in https://arxiv.org/abs/2406.05946 ("prefilling"); role templ
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,13 @@ def attacked(prompts: tuple[Prompt, ...], attack: Attack, *, root: Path | None =
     """The prompts as the attack puts them, in their order; with several templates each prompt with each, ids `ID/TEMPLATE`.
     Relative paths are taken from `root`. Raises DataError that lists everything wrong with a file."""
     wrap = _WAYS[attack.kind]
-    return wrap(prompts, attack, root or Path())
+    found = wrap(prompts, attack, root or Path())
+    twice = [name for name, n in Counter(one.id for one in found).items() if n > 1]
+    if twice:
+        raise DataError(
+            f"attack {attack.kind}: ids that are used more than once: {listed(twice)}; rename templates or prompts"
+        )
+    return found
 
 
 def _begun(prompts: tuple[Prompt, ...], attack: Attack, root: Path) -> tuple[Prompt, ...]:
@@ -50,10 +57,13 @@ def _in_roles(prompts: tuple[Prompt, ...], attack: Attack, root: Path) -> tuple[
     problems, templates = [], {}
     for number, row in enumerate(rows, start=1):
         text = row.fields.get("template") or row.fields.get("prompt")
+        name = str(row.fields.get("name") or row.fields.get("id") or number)
         if not isinstance(text, str) or PLACE not in text:
             problems.append(f"{row.where}: a template is text with {PLACE} in it")
+        elif name in templates:
+            problems.append(f"{row.where}: another template is called {name!r}")
         else:
-            templates[str(row.fields.get("name") or row.fields.get("id") or number)] = text
+            templates[name] = text
     if problems or not templates:
         raise DataError(f"role templates {path}: {listed(problems) if problems else 'the file has no rows'}")
     return tuple(
@@ -65,6 +75,9 @@ def _in_roles(prompts: tuple[Prompt, ...], attack: Attack, root: Path) -> tuple[
 
 def _with_system(prompts: tuple[Prompt, ...], attack: Attack, root: Path) -> tuple[Prompt, ...]:
     del root
+    empty = [one.id for one in prompts if all(m["role"] == "system" for m in one.messages)]
+    if empty:
+        raise DataError(f"attack system: prompts that are nothing but a system message: {listed(empty)}; drop them")
     stated: tuple[Message, ...] = ({"role": "system", "content": attack.text},) if attack.text else ()
     return tuple(
         replace(

@@ -175,7 +175,11 @@ class _Batch:
         self, model: PreTrainedModel, pad: int, limits: Limits, choose: Choose, *, longest: int, work: Work
     ) -> None:
         self._model, self._pad, self._limits, self._choose, self._work = model, pad, limits, choose, work
-        self._room = longest + limits.max_new_tokens + _SLACK
+        needed = longest + limits.max_new_tokens
+        most = (
+            getattr(model.config, "max_position_embeddings", None) or needed + _SLACK
+        )  # some masks have no more columns
+        self._room = max(needed, min(needed + _SLACK, most))
         self._cache = make_cache(model, self._room)
         self.joinable = can_join(self._cache)
         self.rows: list[Row] = []
@@ -228,7 +232,10 @@ class _Batch:
             self._forget()
         mask_BL = self._mask_BL[:, : self.columns() + 1]
         logits_BV = self._forward(self._last_B[:, None], mask_BL, self._positions_B[:, None], self._cache)
-        self._last_B, self._positions_B = self._extended(self.rows, logits_BV), self._positions_B + 1
+        # A row that has ended may stay for long: its positions must not run out of the model's.
+        going_on = torch.tensor([row.open for row in self.rows], device=self._positions_B.device)
+        self._positions_B = self._positions_B + going_on
+        self._last_B = self._extended(self.rows, logits_BV)
 
     def leave(self) -> None:
         """Take out the rows that have ended, where they are many enough to be worth a copy of the others."""

@@ -97,7 +97,7 @@ def _answers(
     # An expected answer with a refusal phrase in it could be matched by its own beginning: such a set runs to the end.
     early = settings.stop_when_decided and not any(p.answer and judge.decided(p.answer) for p in one.prompts)
     state = AnswerState.open(state_dir, one, settings)
-    done = set(state.answers)
+    done = {i for i, answer in state.answers.items() if answer.end != "failed"}  # the others are asked again
     for found in answerer.answers(one.prompts, settings, decided=judge.decided if early else None, skip=done):
         state.add(found)
         if progress is not None:
@@ -127,7 +127,7 @@ def _judged(one: PromptSet, answers: Sequence[Answer], judge: Judge) -> list[Out
                 score=verdict.score,
                 reason=verdict.reason,
                 expected=prompt.answer,
-                exact=None if prompt.answer is None else is_exact(text, prompt.answer),
+                exact=None if prompt.answer is None else answer.end != "failed" and is_exact(text, prompt.answer),
                 end=answer.end,
                 tokens=answer.tokens,
             )

@@ -83,10 +83,18 @@ class Measured:
                 counted += found
         return (ids, counted) if counted else None
 
+    def unscored(self, requirement: Requirement) -> int:
+        """How many answers behind `hits` nobody could score."""
+        asked = [one for one in self.sets if (one.counts if requirement.set is None else one.name == requirement.set)]
+        found = [o for one in asked for o in self.outcomes.get(one.name, []) if _counted(one, [o], requirement.metric)]
+        return sum(outcome.verdict == "unscored" for outcome in found)
+
 
 def _counted(one: NamedSet, outcomes: Sequence[Outcome], metric: str) -> list[bool] | None:
     if metric == "unscored":  # which has no rate where there is none
         return [outcome.verdict == "unscored" for outcome in outcomes]
+    if metric == "incoherent":  # who knows
+        return [outcome.verdict in ("incoherent", "unscored") for outcome in outcomes]
     return hits(one.kind, outcomes).get(metric)
 
 
@@ -145,6 +153,9 @@ def _finding(
             return _failed(requirement, f"not measured of {requirement.than}")
         if own[0] != other[0]:
             return _failed(requirement, f"{requirement.than} was asked other prompts")
+        missing = reference.unscored(requirement) if reference is not None else 0
+        if missing:  # what counts against it there would count for the model here
+            return _failed(requirement, f"{missing} answers of {requirement.than} were not scored")
         paired = paired_difference(own[1], other[1], confidence=confidence)
         value, low, high, n = paired["diff"], paired["low"], paired["high"], len(own[1])
     if not all(math.isfinite(x) for x in (value, low, high)):

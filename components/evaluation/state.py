@@ -27,7 +27,8 @@ class AnswerState:
             return cls(None)
         directory.mkdir(parents=True, exist_ok=True)
         state = cls(directory / f"{one.split}-{one.name}.jsonl")
-        asked = [one.sha256, one.kind, [p.id for p in one.prompts], settings.model_dump(mode="json", exclude={"sets"})]
+        prompts = [[p.id, p.messages, p.begun, p.bare] for p in one.prompts]
+        asked = [one.kind, prompts, settings.model_dump(mode="json", exclude={"sets"})]
         state._restore(json.dumps({"asked": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}))
         return state
 

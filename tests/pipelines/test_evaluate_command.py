@@ -115,6 +115,30 @@ def test_a_gate_lets_through_or_ends_with_its_own_status(
     assert done.stderr.startswith("realign: the gate is shut for old")
 
 
+def test_a_gate_that_would_look_at_nobody_is_refused(models: Path, config: Path, tmp_path: Path) -> None:
+    asked = gated(config, {"metric": "asr", "at_most": 0.5})
+    with pytest.raises(ConfigError, match="name the model that it is for otherwise"):
+        evaluate_command([f"finetune={models / 'broken'}"], asked, tmp_path / "out", RUNTIME)
+    with pytest.raises(ConfigError, match=r"gate: .*at least 1"):
+        load_evaluate_config(gated(config))
+
+
+def test_answers_to_other_questions_are_not_used(models: Path, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def answers(**attack: str) -> list[str]:
+        data = yaml.safe_load(config.read_text())
+        data["evaluation"]["sets"][2]["attack"] = attack
+        config.write_text(yaml.safe_dump(data))
+        evaluate_command([f"new={models / 'taught'}"], config, out, RUNTIME)
+        return [row["answer"] for row in pq.read_table(out / "answers.parquet").to_pylist() if row["set"] == "begun"]
+
+    first = answers(kind="prefix", text="Yes,")
+    assert first != answers(kind="suffix", text="Yes,")
+    assert not (out / ".state").exists()
+    assert not (out / "decision.json").exists()
+
+
 def test_mistakes_are_told_with_their_lines(config: Path, tmp_path: Path) -> None:
     wrong = gated(config, {"metric": "asr", "at_most": 0.1}, {"metric": "asr"}, {"metrics": "task", "at_least": 0})
     with pytest.raises(ConfigError) as caught:

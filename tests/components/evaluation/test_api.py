@@ -18,6 +18,8 @@ from components.evaluation.api import ApiModel, ApiSettings
 from components.evaluation.conversations import Prompt
 from components.evaluation.settings import EvaluationSettings, Sampling
 
+USAGE = b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": {"completion_tokens": "many"}}'
+
 
 class Server(ThreadingHTTPServer):
     """Answers with the last message's text, after whatever `faults` has for the request: a status, a body, a pause."""
@@ -133,9 +135,12 @@ def test_what_does_not_pass_is_an_answer_that_failed(server: Server) -> None:
         "no text": [(200, b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}', 0.0)] * 9,
         "refused": [(400, b'{"error": {"message": "content filter"}}', 0.0)] * 9,
     }
+    for i, odd in enumerate([b'{"choices": {"a": 1}}', b'{"choices": 3}', USAGE]):
+        server.faults[f"odd {i}"] = [(200, odd, 0.0)] * 9
     found = answered(server, [*server.faults, "fine"], retries=1)
-    assert found[5] == Answer("re: fine", "model", 7)
-    for i, words in enumerate(["status 500", "garbage", "garbage", "garbage", "status 400"]):
+    assert found[8] == Answer("re: fine", "model", 7)
+    words_of = ["status 500", "garbage", "garbage", "garbage", "status 400", "garbage", "garbage", "garbage"]
+    for i, words in enumerate(words_of):
         assert (found[i].end, found[i].text) == ("failed", "")
         assert words in found[i].failure, found[i]
     assert sum(request["messages"][-1]["content"] == "broken" for request in server.seen) == 2
@@ -173,3 +178,23 @@ def test_what_is_there_is_skipped_and_a_begun_answer_refused(server: Server) -> 
     assert [index for group in found for index, _ in group] == [1]
     with pytest.raises(EvaluationError, match="how an answer begins"):
         list(model.answers([Prompt("x", asked("a")[0].messages, begun="Sure,")], EvaluationSettings()))
+
+
+def test_half_a_character_is_replaced_and_keys_stay_at_home(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    half = b'{"choices": [{"message": {"content": "a\\ud83d"}, "finish_reason": "stop"}]}'
+    server.faults = {"one": [(200, half, 0.0)]}
+    found = answered(server, ["one"])
+    assert found[0].text == "a?"
+    assert "secret" not in server.seen[0]["key"]
+
+
+def test_an_interrupted_evaluation_does_not_wait_for_the_server(server: Server) -> None:
+    server.faults = {str(i): [(200, b"", 8.0)] * 9 for i in range(1, 9)}
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    model = ApiModel(ApiSettings(url=url, model="m", retries=1, timeout_s=20.0, concurrency=4))
+    began = time.monotonic()
+    found = model.answers(asked(*(str(i) for i in range(9))), EvaluationSettings())
+    assert next(found)[0][1].text == "re: 0"
+    found.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - began < 6.0

@@ -104,6 +104,9 @@ def test_mistakes_are_named(file: Path) -> None:
     templates.write_text('{"template": "nothing"}\n{"other": 1}\n{"template": "{prompt}"}\n')
     with pytest.raises(DataError, match=r"line 1: a template is text with \{prompt\} in it; line 2"):
         load(file, kind="roles", path=templates.name)
+    templates.write_text('{"name": "dan", "template": "a {prompt}"}\n{"name": "dan", "template": "b {prompt}"}\n')
+    with pytest.raises(DataError, match=r"line 2: another template is called 'dan'"):
+        load(file, kind="roles", path=templates.name)
     turns = file.with_name("turns.jsonl")
     turns.write_text(json.dumps({"messages": [user("hi")]}) + "\n")
     with pytest.raises(DataError, match="end with the assistant's"):

@@ -188,3 +188,16 @@ def test_draws_follow_the_probabilities_of_the_nucleus() -> None:
         found = drawn(sampling, [f"p{i}" for i in range(20_000)])(logits, rows).bincount(minlength=5) / 20_000
         assert torch.allclose(found, wanted, atol=0.012), top_p
         assert all(found[i] == 0 for i in range(5) if wanted[i] == 0)
+
+
+def test_positions_of_rows_that_have_ended_stay_within_the_models() -> None:
+    config = GPT2Config(vocab_size=41, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    model = random_model(config)
+    prompts = [[1 + (i + j) % 40 for j in range(20)] for i in range(16)]
+
+    def staggered(rows: list[list[int]]) -> list[bool]:
+        return [len(row) >= 4 + 4 * (row[0] % 3) for row in rows]
+
+    options = Limits(set(), 12, staggered)
+    rows = [row for group in decode(model=model, prompts=prompts, pad=0, limits=options, places=8) for row in group]
+    assert len(rows) == 16

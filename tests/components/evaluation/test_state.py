@@ -58,3 +58,10 @@ def test_a_damaged_whole_line_starts_the_set_afresh(file: Path, damage: bytes) -
     assert file.read_bytes() == header
     state.add([(0, ANSWER)])
     assert opened(file.parent).answers == {0: ANSWER}
+
+
+def test_answers_to_other_prompts_under_the_same_names_are_not_taken(tmp_path: Path) -> None:
+    AnswerState.open(tmp_path, SET, EvaluationSettings()).add([(0, ANSWER)])
+    assert opened(tmp_path).answers
+    begun = replace(SET, prompts=tuple(replace(prompt, begun="Sure,") for prompt in SET.prompts))
+    assert AnswerState.open(tmp_path, begun, EvaluationSettings()).answers == {}
