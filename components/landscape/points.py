@@ -1,0 +1,64 @@
+"""What is asked of a point of a landscape, and what was found there. Needs no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+Where = tuple[float, ...]
+"""Coordinates on a scan's axes."""
+
+
+@dataclass(frozen=True, order=True)
+class Ask:
+    """A point to measure."""
+
+    scan: str
+    direction: int
+    """Which of the scan's directions, from 0."""
+    at: Where
+
+
+@dataclass(frozen=True)
+class Point:
+    """What became of every prompt at a point."""
+
+    scan: str
+    direction: int
+    at: Where
+    hits: dict[str, dict[str, str]]
+    """set -> metric of `outcomes.hits` -> a character for each prompt, in the set's order: 1 where the metric counts it."""
+    finite: bool = True
+    """Whether all weights are numbers there; where they are not, nothing was asked and every answer counts as incoherent."""
+    seconds: float = 0.0
+
+    @property
+    def ask(self) -> Ask:
+        return Ask(self.scan, self.direction, self.at)
+
+    def share(self, chosen: str, metric: str) -> float:
+        """The rate of a metric over a set, in [0, 1]."""
+        found = self.hits[chosen][metric]
+        return found.count("1") / len(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @staticmethod
+    def of_json(plain: dict[str, Any]) -> Point:
+        return Point(**{**plain, "at": tuple(plain["at"])})
+
+
+def write_points(path: Path, points: Sequence[Point]) -> None:
+    """One line a point, in the order of scan, direction and place."""
+    path.write_text("".join(json.dumps(p.to_json()) + "\n" for p in sorted(points, key=lambda p: p.ask)))
+
+
+def read_points(path: Path) -> list[Point]:
+    """The lines of a points file; a last one that was cut off is left out."""
+    lines = path.read_text().split("\n") if path.is_file() else []
+    return [Point.of_json(json.loads(line)) for line in lines[:-1]]
