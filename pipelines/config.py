@@ -14,12 +14,16 @@ from pydantic import Field, ValidationError, model_validator
 
 from components.errors import ConfigError
 from components.evaluation.capability.settings import CapabilitySettings, CapabilityTask
+from components.evaluation.execution import EvaluationExecution
 from components.evaluation.gates import Requirement
-from components.evaluation.judges.settings import KINDS
+from components.evaluation.judges.settings import KINDS, JudgeExecution
 from components.evaluation.settings import SetSettings
 from components.fusion.merge_settings import merge_problems
+from components.landscape.settings import RandomAxis, Scan, TowardsAxis
 from components.masks.data import PreferenceData
+from components.masks.zero import MaskExecution
 from components.yaml_lines import LocatedYaml, Location
+from pipelines.landscape_section import LandscapeSection, landscape_problems, visage_problems
 from pipelines.sections import (
     AdapterSection,
     CheckpointDirectory,
@@ -37,7 +41,6 @@ from pipelines.sections import (
 )
 
 NOT_BUILT = {
-    "landscape": "the safety landscape",
     "cluster": "running on a cluster",
     "sweep": "sweeps",
 }
@@ -62,6 +65,8 @@ class RunConfig(Section):
     mask: MaskSection
     fusion: FusionSection = FusionSection()
     evaluation: EvaluationSection
+    landscape: LandscapeSection | None = None
+    """How safe models stay as their weights move: drawn and scored (VISAGE) where the section is there."""
     gate: Annotated[tuple[Requirement, ...], Field(min_length=1)] | None = None
     """What the selected form of every realigned model must show. A run whose gate is shut for one ends with status 3."""
     tracking: TrackingSection = TrackingSection()
@@ -103,6 +108,9 @@ class RunConfig(Section):
                     f"(those that do: {', '.join(sorted(own)) or 'none'})"
                 )
         problems += gate_problems(self.gate or (), self.evaluation)
+        problems += visage_problems(self.gate or (), self.landscape, self.evaluation)
+        if self.landscape is not None:
+            problems += landscape_problems(self.landscape, self.evaluation, unaligned=self.unaligned is not None)
         mask = self.mask.resolved
         trained = self.targets if self.mode == "merge" else tuple(sorted(own))
         bare = [f.name for t in trained for f in self.members(t) if f.anchor is None]
@@ -129,6 +137,8 @@ class RunConfig(Section):
         problems = [] if self.merges else ["mode: merge needs `merges`, a list of {name, method, …}"]
         if self.fusion.adapter is not None:
             problems.append("mode: merge: remove fusion.adapter, a merge is no adapter and leaves whole")
+        if self.landscape is not None:
+            problems.append("mode: merge: remove landscape; `realign landscape` draws what was merged")
         problems += [f"finetune {f.name}: mask_of has no meaning in mode: merge" for f in self.finetunes if f.mask_of]
         names = [*finetunes, *(m.name for m in self.merges)]
         problems += [
@@ -180,6 +190,12 @@ class RunConfig(Section):
         if self.fusion.adapter is not None:
             problems.append("mask.track: factors: remove fusion.adapter, adapters come out as they are")
         return problems
+
+    @property
+    def needs_unaligned(self) -> bool:
+        """Whether anything is made with the model that the aligned one was made from."""
+        leads_to = self.landscape.models if self.landscape is not None else ()
+        return "resta" in self.fusion.controls or "unaligned" in leads_to
 
     @property
     def base(self) -> Path:
@@ -247,9 +263,18 @@ def sentence(error: Any) -> str:
     return f"{where}: {message}{given}" if where else f"{message}{given}"
 
 
+_EXECUTION = {
+    "evaluation": EvaluationExecution,
+    "landscape": EvaluationExecution,
+    "judge": JudgeExecution,
+    "mask": MaskExecution,
+}
+
+
 def _suggestion(location: Location) -> str:
     """` (did you mean 'aligned'?)`, or the keys there are."""
     model: Any = RunConfig
+    how = location[:1] == ("execution",)
     for part in location[:-1]:
         if isinstance(part, int):
             continue
@@ -267,8 +292,13 @@ def _suggestion(location: Location) -> str:
             **KINDS,
             "capability": CapabilitySettings,
             "tasks": CapabilityTask,
+            "landscape": LandscapeSection,
+            "scans": Scan,
+            "random": RandomAxis,
+            "towards": TowardsAxis,
             "tracking": TrackingSection,
             "execution": ExecutionSection,
+            **(_EXECUTION if how else {}),
         }.get(part, model)
     keys = [field.alias or name for name, field in model.model_fields.items()]
     close = difflib.get_close_matches(str(location[-1]), keys, n=1)

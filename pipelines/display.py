@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pipelines.driver import NodeState, Watcher
 
-_COLUMNS = ("load", "extract_delta", "train_mask", "search_scale", "fuse", "evaluate", "export_adapter")
+_COLUMNS = ("load", "extract_delta", "train_mask", "search_scale", "fuse", "evaluate", "export_adapter", "landscape")
 """Those that a run has are shown."""
 _MARKS = {"waiting": "·", "running": "…", "done": "✓", "kept": "✓", "failed": "✗", "skipped": "-"}
 

@@ -25,7 +25,7 @@ class Step:
     variant: str = ""
     """Which of the models (or masks) this row is about."""
     needs: str = ""
-    """The control (or `adapter`, `gate`) that asks for this row; empty: always there."""
+    """The control (or `adapter`, `gate`, `landscape`, `unaligned`) that asks for this row; empty: always there."""
 
 
 def _fused(variant: str, *parents: str, needs: str = "") -> tuple[Step, Step]:
@@ -35,9 +35,12 @@ def _fused(variant: str, *parents: str, needs: str = "") -> tuple[Step, Step]:
     return fuse, evaluate
 
 
+_CHOSEN = ("fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary")
+"""What says which form is selected, and has it."""
+
 STEPS: tuple[Step, ...] = (
     Step("load_aligned", "load", "run", ()),
-    Step("load_unaligned", "load", "run", ("load_aligned",), needs="resta"),
+    Step("load_unaligned", "load", "run", ("load_aligned",), needs="unaligned"),
     Step("load", "load", "finetune", ("load_aligned",)),
     # What a merge's other steps know as their `load`.
     Step("merge", "merge", "merge", ("load_aligned", "load")),
@@ -63,12 +66,20 @@ STEPS: tuple[Step, ...] = (
     *_fused("paper_soft", "train_mask_paper", needs="paper"),
     *_fused("paper_binary", "train_mask_paper", needs="paper"),
     Step("export_adapter", "export_adapter", "target",
-         ("load_aligned", "load", "fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary"), needs="adapter"),
+         ("load_aligned", "load", *_CHOSEN), needs="adapter"),
     Step("evaluate_adapter", "evaluate", "target", ("load_aligned", "export_adapter"), variant="adapter",
          needs="adapter"),
-    Step("gate", "gate", "target", ("evaluate_aligned", "evaluate_before", "evaluate_soft", "evaluate_binary"), "action",
-         needs="gate"),
-    Step("register", "register", "target", ("fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary"), "action"),
+    Step("landscape_aligned", "landscape", "run", ("load_aligned", "load_unaligned"), variant="aligned",
+         needs="landscape"),
+    Step("landscape_before", "landscape", "finetune", ("load_aligned", "load", "load_unaligned"), variant="before",
+         needs="landscape"),
+    Step("landscape_between", "landscape", "target", ("load_aligned", "load", "load_unaligned", *_CHOSEN),
+         variant="between", needs="landscape"),
+    Step("landscape", "landscape", "target", ("load_aligned", "load", "load_unaligned", *_CHOSEN), variant="realigned",
+         needs="landscape"),
+    Step("gate", "gate", "target", ("evaluate_aligned", "evaluate_before", "evaluate_soft", "evaluate_binary",
+         "landscape_aligned", "landscape_before", "landscape"), "action", needs="gate"),
+    Step("register", "register", "target", _CHOSEN, "action"),
 )  # fmt: skip
 
 
@@ -76,6 +87,8 @@ def steps_of(config: RunConfig) -> list[Step]:
     """The rows that this run needs, parents before children."""
     wanted = {"", *config.fusion.controls, *(["adapter"] if config.fusion.adapter is not None else [])}
     wanted |= {"gate"} if config.gate is not None else set()
+    wanted |= {"unaligned"} if config.needs_unaligned else set()
+    wanted |= {"landscape"} if config.landscape is not None else set()
     return [
         step
         for step in STEPS
@@ -83,7 +96,19 @@ def steps_of(config: RunConfig) -> list[Step]:
         and (step.name != "compare_deltas" or len(config.finetunes) > 1)
         and (step.scope != "merge" or config.merges)
         and (step.name != "register" or config.tracking.register_models)
+        and (step.stage != "landscape" or _drawn(config, step))
     ]
+
+
+def _drawn(config: RunConfig, step: Step) -> bool:
+    return config.landscape is not None and bool(config.landscape.scans_of(step.variant))
+
+
+def _taken(config: RunConfig, step: Step, there: set[str]) -> tuple[str, ...]:
+    """Its parents, but for those that the run does not have, or that a landscape is not drawn towards."""
+    leads_to = config.landscape.models if config.landscape is not None else ()
+    asked = there if "unaligned" in leads_to or step.stage != "landscape" else there - {"load_unaligned"}
+    return tuple(parent for parent in step.parents if parent in asked)
 
 
 @dataclass(frozen=True)
@@ -117,6 +142,7 @@ def expand(config: RunConfig) -> list[Node]:
         "target": config.targets,
     }
     once = {step.name for step in steps if step.scope == "run"}
+    there = {step.name for step in steps}
     adapters = {finetune.name for finetune in config.finetunes if finetune.is_adapter}
     nodes: list[Node] = []
     for step in steps:
@@ -125,7 +151,11 @@ def expand(config: RunConfig) -> list[Node]:
                 continue
             if step.needs == "adapter" and name not in adapters:
                 continue  # it came whole, and leaves whole
-            parents = [(p, p) if p in once else pair for p in step.parents for pair in _parents(p, step, name, config)]
+            parents = [
+                (p, p) if p in once else pair
+                for p in _taken(config, step, there)
+                for pair in _parents(p, step, name, config)
+            ]
             nodes.append(Node(step, name, tuple(dict.fromkeys(parents))))
     return nodes
 

@@ -6,41 +6,16 @@ was measured (benchmarks/RESULTS.md); times are operations over a measured or gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
-
-from components.checkpoints.adapters import LoraSource
-from components.evaluation.judges.models import resident_bytes
-from components.evaluation.prompts import load_prompt_set
-from components.fusion.low_rank import export_sizes
-from components.masks.memory import PROCESS_HOST, RankMemory, artifact_disk, backward_bytes
-from components.masks.zero import MaskExecution
+from components.masks.memory import RankMemory
 from pipelines.config import RunConfig
 from pipelines.graph import Node, expand
-from pipelines.inputs import BYTES_A_TOKEN, TEMPLATE_TOKENS, Model, Models, trainings
-from pipelines.machine import BYTES_PER_FLOP, MASK_BYTES, Cluster, Rates
-from pipelines.placement import Proposal, Training, need, on_gpu, propose, remedy, side_by_side, size, too_few
-from pipelines.specs import sets_asked
-
-
-@dataclass(frozen=True)
-class StageNeed:
-    """One stage: bytes on the node that takes most, bytes of the workspace's disk that stay and that are only there meanwhile.
-    `seconds`: None where the speed of what it runs on is not known."""
-
-    id: str
-    stage: str
-    host: int
-    seconds: float | None
-    device: int = 0
-    """Of each GPU."""
-    disk: int = 0
-    scratch: int = 0
-    cpus: int = 1
-    gpus: int = 0
+from pipelines.inputs import Models, trainings
+from pipelines.machine import Cluster, Rates
+from pipelines.needs import NEEDS, Sizes, StageNeed
+from pipelines.placement import Proposal, need, on_gpu, propose, remedy, side_by_side, size, too_few
 
 
 @dataclass
@@ -64,40 +39,12 @@ class Plan:
     seconds: float | None = 0.0
 
 
-@dataclass
-class _Sizes:
-    """What the estimates of a stage look at."""
-
-    config: RunConfig
-    models: Models
-    cluster: Cluster
-    rates: Rates
-    trainings: Mapping[str, Training]
-    memory: dict[str, RankMemory] = field(default_factory=dict)
-
-    @property
-    def execution(self) -> MaskExecution:
-        return self.config.execution.mask
-
-    @cached_property
-    def threads(self) -> int:
-        return min(self.config.execution.threads, self.cluster.cpus)
-
-    def streamed(self, nbytes: float) -> float:
-        """Seconds for so much memory traffic; elementwise work is that."""
-        return nbytes / self.rates.bytes
-
-    def model(self, name: str | None) -> Model:
-        """A finetune; of a merge or the aligned model (None), the aligned one, which is as large."""
-        return self.models.finetunes.get(name or "", self.models.aligned)
-
-
 def plan(config: RunConfig, models: Models, cluster: Cluster, rates: Rates) -> Plan:
     """Everything at once; raises only what keeps the whole run from starting."""
     wanted = trainings(config, models, tokenize=True)
-    sizes = _Sizes(config, models, cluster, rates, wanted)
+    sizes = Sizes(config, models, cluster, rates, wanted)
     nodes = _possible(sizes)
-    stages = [replace(_NEEDS[n.step.stage](n, sizes), id=n.id, stage=n.step.stage) for n in nodes]
+    stages = [replace(NEEDS[n.step.stage](n, sizes), id=n.id, stage=n.step.stage) for n in nodes]
     found = Plan(cluster, rates, stages, sizes.memory, None, [], [])
     found.problems = [f"{name}: {error}" for name, error in {**models.errors, **models.untrained}.items()]
     _schedule(nodes, found)
@@ -106,7 +53,7 @@ def plan(config: RunConfig, models: Models, cluster: Cluster, rates: Rates) -> P
     return found
 
 
-def _possible(s: _Sizes) -> list[Node]:
+def _possible(s: Sizes) -> list[Node]:
     """Stages, but for those of models that cannot be read, of masks that cannot be estimated, and what stands on such."""
     lost, found = set[str](), list[Node]()
     for node in expand(s.config):
@@ -120,123 +67,6 @@ def _possible(s: _Sizes) -> list[Node]:
         else:
             found.append(node)
     return found
-
-
-def _load(node: Node, s: _Sizes) -> StageNeed:
-    model = s.model(node.finetune)
-    stored = model.stored + model.under
-    return StageNeed("", "", PROCESS_HOST, stored / s.rates.hashed + s.streamed(2 * stored))
-
-
-def _statistics(node: Node, s: _Sizes) -> StageNeed:
-    """Deltas by blocks: a dozen passes in fp32 and fp64 over each finetune."""
-    others = len(s.config.finetunes) if node.finetune is None else len(s.config.members(node.finetune))
-    return StageNeed("", "", PROCESS_HOST, s.streamed(60.0 * s.models.aligned.numel * others))
-
-
-def _merge(node: Node, s: _Sizes) -> StageNeed:
-    merge = s.config.merge_named(node.finetune)
-    assert merge is not None
-    passes = 60.0 * len(s.config.members(merge.name)) if merge.method == "ties" else 0.0
-    return StageNeed("", "", PROCESS_HOST, s.streamed(passes * s.models.aligned.numel))
-
-
-def _train(node: Node, s: _Sizes) -> StageNeed:
-    training, execution = s.trainings[node.id], s.execution
-    memory = s.memory[node.id] = training.memory(execution)
-    ranks = execution.ranks
-    taken = need(training, execution, s.cluster, 1)
-    return StageNeed(
-        "",
-        "",
-        host=taken.host,
-        seconds=_training_seconds(training, s),
-        device=memory.peak("device"),
-        disk=artifact_disk(training.weights, training.settings),
-        scratch=taken.disk if s.cluster.offload_disk is None else taken.state,
-        cpus=ranks * s.threads,
-        gpus=ranks if on_gpu(execution) else 0,
-    )
-
-
-def _training_seconds(training: Training, s: _Sizes) -> float | None:
-    """6 operations for a weight and token forward and backward (8 where layers are computed again), 2 for a forward alone:
-    references, anchors' answers and evaluations (of two masks, on train and dev)."""
-    settings, execution, lengths = training.settings, s.execution, training.lengths
-    numel = sum(w.numel for w in training.weights)
-    masked = sum(w.numel for w in training.weights if w.masked)
-    anchor = lengths.prompt + settings.anchor_new_tokens if lengths.prompt else 0
-    step = 2 * settings.batch_size * lengths.mean + settings.anchor_batch_size * anchor
-    used = 2 * settings.batch_size * settings.steps * lengths.mean
-    answered = min(lengths.anchors, settings.anchor_batch_size * settings.steps + settings.eval_pairs) * anchor
-    rounds = 1 + (settings.steps // settings.eval_every if settings.eval_every else 0)
-    evaluated = 4 * rounds * settings.eval_pairs * (2 * lengths.mean + anchor)
-    trained = (8 if execution.activation_checkpointing else 6) * settings.steps * step
-    operations = numel * (trained + 2 * (used + 2 * answered + evaluated))
-    if on_gpu(execution):
-        if s.rates.gpu_flops is None:
-            return None
-        speed, arithmetic = s.rates.gpu_flops, MASK_BYTES / (s.rates.gpu_flops * BYTES_PER_FLOP)
-    else:
-        speed, arithmetic = s.rates.flops * s.threads, s.rates.mask_seconds / s.threads
-    shared = execution.ranks if execution.stage else 1
-    return operations / (speed * execution.ranks) + settings.steps * masked * arithmetic / shared
-
-
-def _fuse(node: Node, s: _Sizes) -> StageNeed:
-    aligned, finetune = s.models.aligned.checkpoint.source, s.model(node.finetune).checkpoint.source
-    merged = s.config.merge_named(node.finetune) is not None
-    written = 0
-    for name in aligned.names():
-        dtypes = aligned.spec(name).dtype, torch.float32 if merged else finetune.spec(name).dtype
-        written += aligned.spec(name).numel * torch.promote_types(*dtypes).itemsize
-    read = s.models.aligned.stored + s.model(node.finetune).stored
-    return StageNeed("", "", PROCESS_HOST, s.streamed(4.0 * (read + written)), disk=written)
-
-
-def _export_adapter(node: Node, s: _Sizes) -> StageNeed:
-    """Factoring in fp64, which takes twice fp32's time, after one pass over both models that compares what is not adapted."""
-    source, adapter = s.model(node.finetune).checkpoint.source, s.config.fusion.adapter
-    assert isinstance(source, LoraSource)
-    assert adapter is not None
-    sizes = export_sizes(source, adapter.rank)
-    seconds = 2 * sizes.operations / (s.rates.flops * s.threads) + s.streamed(2.0 * s.models.aligned.stored)
-    return StageNeed("", "", PROCESS_HOST + sizes.adapter + sizes.working, seconds, disk=sizes.adapter)
-
-
-def _evaluate(node: Node, s: _Sizes) -> StageNeed:
-    """Loaded in fp32, as it is answered with on the CPU; every answer as long as it may be. Judges' memory, not their time."""
-    dims, new, batch = s.models.dimensions, s.config.evaluation.max_new_tokens, s.config.execution.batch_size
-    model, seconds, beside = s.model(node.finetune), 0.0, 0
-    for chosen in sets_asked(node, s.config):
-        texts = ["".join(m["content"] for m in p.messages) for p in load_prompt_set(chosen).prompts]
-        lengths = [TEMPLATE_TOKENS + len(text.encode()) // BYTES_A_TOKEN for text in texts]
-        together, longest = min(batch, len(lengths)), max(lengths)
-        held = (longest + new) * dims.cached(4) + 8 * dims.vocabulary + longest * backward_bytes(dims, 4)
-        beside = max(beside, together * held)
-        speed = s.rates.flops * s.threads
-        batches = -(-len(lengths) // batch)
-        # A batch's token takes its arithmetic, or reading all weights once, whichever is longer.
-        token = max(2 * model.parameters * together / speed, s.streamed(model.wide))
-        seconds += 2 * model.parameters * sum(lengths) / speed + batches * new * token
-    if node.step.stage == "search_scale":
-        seconds = len(s.config.fusion.candidates) * (seconds + s.streamed(12.0 * model.parameters))
-    # A judge may run where the host's memory is not used.
-    judging = resident_bytes(s.config.evaluation.judge) if s.config.execution.judge.device == "cpu" else 0
-    return StageNeed("", "", PROCESS_HOST + model.wide + beside + judging, seconds + s.streamed(2 * model.wide))
-
-
-_NEEDS: dict[str, Callable[[Node, _Sizes], StageNeed]] = {
-    "load": _load,
-    "extract_delta": _statistics,
-    "compare_deltas": _statistics,
-    "merge": _merge,
-    "train_mask": _train,
-    "search_scale": _evaluate,
-    "fuse": _fuse,
-    "export_adapter": _export_adapter,
-    "evaluate": _evaluate,
-}
 
 
 def _schedule(nodes: Sequence[Node], found: Plan) -> None:
@@ -267,7 +97,7 @@ def _schedule(nodes: Sequence[Node], found: Plan) -> None:
     found.seconds = None if any(need.seconds is None for need in found.stages) else now
 
 
-def _judge_training(found: Plan, s: _Sizes) -> None:
+def _judge_training(found: Plan, s: Sizes) -> None:
     """What of mask training does not fit, and what would."""
     if not s.trainings:
         return

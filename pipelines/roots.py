@@ -46,7 +46,7 @@ def find_roots(config: RunConfig, cache: Path) -> Roots:
     paths: dict[str, tuple[Path, Path | None, bool]] = {
         ALIGNED: (config.aligned, config.aligned_base, config.aligned_base_equal)
     }
-    if config.unaligned is not None and "resta" in config.fusion.controls:
+    if config.unaligned is not None and config.needs_unaligned:
         paths[UNALIGNED] = (config.unaligned, None, False)
     for finetune in config.finetunes:
         paths[f"finetune:{finetune.name}"] = (finetune.path, config.base, finetune.base_equal)

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from components.errors import ConfigError
 from components.evaluation.capability.settings import CapabilitySettings, CapabilityTask
 from components.evaluation.execution import EvaluationExecution
-from components.evaluation.gates import Requirement
+from components.evaluation.gates import VISAGE, Requirement
 from components.evaluation.judges.settings import JudgeExecution, Judging, OwnModel, PhraseSettings, with_each
 from components.evaluation.outcomes import NamedSet, metrics_of
 from components.evaluation.settings import EvaluationSettings, SetSettings
@@ -237,7 +237,7 @@ def gate_problems(gate: Sequence[Requirement], evaluation: EvaluationSection) ->
     if unknown:
         problems.append(f"gate: no test set {', '.join(dict.fromkeys(unknown))} (there: {', '.join(sorted(names))})")
     for one in gate:
-        if one.set in unknown:
+        if one.set in unknown or one.metric == VISAGE:
             continue
         asked = [s for s in tested if (s.counts if one.set is None else s.name == one.set.partition("/")[0])]
         there = dict.fromkeys(metric for s in asked for metric in metrics_of(s.kind))
@@ -274,6 +274,8 @@ class ExecutionSection(Section):
     """Prompts generated together."""
     evaluation: EvaluationExecution = EvaluationExecution()
     """The processes and devices that answer prompts."""
+    landscape: EvaluationExecution = EvaluationExecution()
+    """Those that measure a landscape's points, each with a model of its own."""
     judge: JudgeExecution = JudgeExecution()
     """Where judges with a model of their own run, and how."""
     mask: Annotated[MaskExecution, AfterValidator(_placed)] = MaskExecution()

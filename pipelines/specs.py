@@ -142,6 +142,9 @@ def _sets(sets: Sequence[SetSettings], roots: Roots) -> Parts:
 def sets_asked(node: Node, config: RunConfig) -> list[SetSettings]:
     """Prompt sets that a stage looks at."""
     sets = config.sets_of(node.finetune)
+    if node.step.stage == "landscape":
+        assert config.landscape is not None
+        return config.landscape.sets_of(sets, whose=node.finetune)
     if node.step.stage == "search_scale":
         return [s for s in sets if s.split == "dev" and s.kind in ("harmful", "task")]
     # Dev sets choose between the two forms of the realigned model; all other variants are only reported.
@@ -197,6 +200,25 @@ def _evaluate(node: Node, config: RunConfig, roots: Roots) -> Parts:
     return semantics | evaluation, {**execution, **judging, "batch_size": config.execution.batch_size}
 
 
+def _landscape(node: Node, config: RunConfig, roots: Roots) -> Parts:
+    section = config.landscape
+    assert section is not None
+    semantics, execution = _sets(sets_asked(node, config), roots)
+    evaluation, judging = _evaluation(config, roots)
+    drawn = {
+        "scans": [scan.model_dump(mode="json") for scan in section.scans_of(node.step.variant)],
+        "limit": section.limit,
+    }
+    semantics |= {"landscape": drawn, "variant": node.step.variant}
+    if node.step.variant in ("between", "realigned"):
+        semantics |= {"select": config.fusion.select, "max_asr": config.fusion.max_asr}
+    if config.aligned_base is not None:
+        execution["base"] = str(config.aligned_base)  # what is fused of adapters is an adapter
+    how = config.execution.landscape
+    execution |= {"evaluation": how.model_dump(mode="json"), "spread": not how.in_process}
+    return semantics | evaluation, {**execution, **judging, "batch_size": config.execution.batch_size}
+
+
 def _evaluation(config: RunConfig, roots: Roots) -> Parts:
     """A judge's model is what it is, wherever it lies."""
     settings = config.evaluation.model_dump(mode="json", exclude={"sets", "judge", "capability"})
@@ -217,4 +239,5 @@ _BUILDERS: dict[str, Callable[[Node, RunConfig, Roots], Parts]] = {
     "fuse": _fuse,
     "export_adapter": _export_adapter,
     "evaluate": _evaluate,
+    "landscape": _landscape,
 }

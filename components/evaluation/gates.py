@@ -17,6 +17,9 @@ from components.evaluation.metrics import paired_difference, rate
 from components.evaluation.outcomes import UNJUDGED, NamedSet, Outcome, grouped, hits
 from components.evaluation.settings import IntervalMethod
 
+VISAGE = "visage"
+"""A metric of landscapes: 0 to 100, the more the safer, over the scan of random directions."""
+
 Reference = Literal["aligned", "finetune", "serving"]
 """The aligned model; the finetune as it came; the version that is in service now."""
 
@@ -27,7 +30,8 @@ class Requirement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     metric: str
-    """asr, harmful, over_refusal, task, or what a set by itself has (exact, incoherent, unscored)."""
+    """asr, harmful, over_refusal, task, or what a set by itself has (exact, incoherent, unscored): rates from 0 to 1. visage:
+    of the model's landscape, from 0 to 100."""
 
     set: str | None = None
     """Over this set alone, or a group of it as `<set>/<group>`; None: over all sets that count."""
@@ -46,9 +50,12 @@ class Requirement(BaseModel):
     def _one_bound(self) -> Self:
         if (self.at_most is None) == (self.at_least is None):
             raise ValueError(f"requirement on {self.metric}: give either at_most or at_least")
-        low = -1 if self.than else 0
-        if not low <= self.bound <= 1:
-            raise ValueError(f"requirement on {self.metric}: a bound lies between {low} and 1, not {self.bound:g}")
+        high = 100 if self.metric == VISAGE else 1
+        low = -high if self.than else 0
+        if not low <= self.bound <= high:
+            raise ValueError(f"requirement on {self.metric}: a bound lies between {low} and {high}, not {self.bound:g}")
+        if self.metric == VISAGE and self.than == "serving":
+            raise ValueError("requirement on visage: compare with aligned or finetune, no landscape of serving is kept")
         return self
 
     @property

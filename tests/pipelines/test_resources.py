@@ -21,9 +21,10 @@ from pipelines.config import RunConfig, load_config
 from pipelines.graph import STEPS
 from pipelines.inputs import open_models, trainings
 from pipelines.machine import GIB, Cluster, Rates, available_memory, described, measure
+from pipelines.needs import NEEDS
 from pipelines.placement import Proposal, cost, need, propose, require_fit, side_by_side
 from pipelines.plan_text import plan_json, plan_lines
-from pipelines.resources import _NEEDS, Plan, plan
+from pipelines.resources import Plan, plan
 from pipelines.sections import ExecutionSection
 from tests.pipelines.headers import PARAMETERS, SHAPES, hollow_config, hollow_factors, hollow_llama, llama_specs
 from tests.pipelines.small import small_config, write_config
@@ -319,7 +320,7 @@ def test_an_exported_adapter_is_planned(tmp_path: Path) -> None:
 
 
 def test_every_stage_of_the_graph_is_estimated() -> None:
-    assert set(_NEEDS) == {step.stage for step in STEPS if step.kind == "stage"}
+    assert set(NEEDS) == {step.stage for step in STEPS if step.kind == "stage"}
 
 
 def test_a_refusal_says_what_would_fit(tmp_path: Path) -> None:
