@@ -44,6 +44,11 @@ class Point:
         found = self.hits[chosen][metric]
         return found.count("1") / len(found)
 
+    def pooled(self, chosen: Sequence[str], metric: str) -> float:
+        """The rate over the prompts of several sets together, in [0, 1]."""
+        found = "".join(self.hits[one][metric] for one in chosen)
+        return found.count("1") / len(found)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
