@@ -16,6 +16,7 @@ from components.tracked import Point, TrackedRun, rate_metrics, read_series
 from components.tracking import CHAMPION, EVALUATION_TAG, GATE_TAG, Tracker
 from pipelines.driver import RunState
 from pipelines.gate import InService, registered_name
+from pipelines.landscapes import STEPS, landscape_metrics
 
 _VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary", "adapter": "after_adapter"}
 
@@ -109,7 +110,7 @@ def _tracked(run: RunState, summary: RunSummary) -> TrackedRun:
         ended_ms=max(map(_end_ms, records), default=None),
         status="FAILED" if failed else "FINISHED",
         params=_params(run),
-        metrics=rate_metrics("aligned", summary["aligned"]),
+        metrics=rate_metrics("aligned", summary["aligned"]) | landscape_metrics("landscape", summary.get("landscape")),
         children=children,
     )
 
@@ -128,6 +129,8 @@ def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
         metrics |= rate_metrics(f"control/{control}", rates)
     if "adapter" in entry:
         metrics["adapter/error"] = entry["adapter"]["error"]
+    for key in STEPS:
+        metrics |= landscape_metrics(f"landscape/{key}", entry.get("landscape", {}).get(key))  # type: ignore[call-overload]
     metrics |= {f"seconds/{step}": record.seconds for step, record in records.items()}
     series: list[Point] = []
     for step in ("train_mask", "train_mask_paper"):
@@ -153,8 +156,14 @@ def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
         metrics=metrics,
         tags=tags,
         series=series,
-        artifacts=[_heat_map(run, name, shares)] if shares else [],
+        artifacts=[*([_heat_map(run, name, shares)] if shares else []), *_pictures(entry)],
     )
+
+
+def _pictures(entry: FinetuneSummary) -> list[Path]:
+    """A finetune's landscapes: what lies beside their page, the page first."""
+    page = entry.get("pictures")
+    return sorted(Path(page).parent.iterdir(), key=lambda path: (path.suffix != ".html", path.name)) if page else []
 
 
 def _heat_map(run: RunState, name: str, shares: dict[str, float]) -> Path:
@@ -173,6 +182,7 @@ def _params(run: RunState) -> dict[str, Any]:
         "mask_preset": config.mask.preset,
         "fusion": config.fusion.model_dump(mode="json"),
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"sets"}),
+        **({"landscape": config.landscape.model_dump(mode="json")} if config.landscape is not None else {}),
         "finetunes": [f.name for f in config.finetunes],
         **({"merges": [m.model_dump(mode="json") for m in config.merges]} if config.merges else {}),
     }

@@ -6,14 +6,16 @@ Always decided anew: what it is compared with (the version in service) moves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from components.errors import EvaluationError, RealignError
-from components.evaluation.gates import Measured, Reference, decide
+from components.evaluation.gates import VISAGE, Measured, Reference, decide
 from components.evaluation.outcomes import NamedSet, read_answers
 from components.records import Record
 from components.reporting.schema import FinetuneSummary, GateDecision, RunSummary, shown_models
 from pipelines.driver import RunState
+from pipelines.landscapes import drawn_of
 
 InService = Callable[[str], str | None]
 """Name of a registered model -> the evaluation (`<stage>/<fingerprint>`) of its version in service, None if there is none."""
@@ -47,6 +49,7 @@ def _decided(run: RunState, entry: FinetuneSummary, in_service: InService) -> Ga
     sets: list[NamedSet] = [one for one in run.config.sets_of(name) if one.split == "test"]
     sets += settings.capability.tasks if settings.capability is not None else ()
     own = run.record(name, f"evaluate_{form}") if form else None
+    drawn = {one.than for one in run.config.gate if one.metric == VISAGE}
     references: dict[Reference, Measured | None] = {}
     for than in dict.fromkeys(requirement.than for requirement in run.config.gate):
         try:
@@ -58,9 +61,13 @@ def _decided(run: RunState, entry: FinetuneSummary, in_service: InService) -> Ga
                     run.record(None, "evaluate_aligned") if than == "aligned" else run.record(name, "evaluate_before")
                 )
                 references[than] = _measured(run, other, sets)
+                if than in drawn:
+                    references[than] = replace(references[than], landscape=drawn_of(run, name, than))
         except RealignError as error:  # left out, which shuts the gate
             entry.setdefault("notes", []).append(f"gate: {error}")
     model = _measured(run, own, sets)
+    if drawn:
+        model = replace(model, landscape=drawn_of(run, name, "realigned"))
     decision = decide(
         run.config.gate, model, references, confidence=settings.confidence, interval=settings.interval
     ).to_json()

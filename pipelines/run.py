@@ -15,6 +15,7 @@ from pipelines.config import RunConfig
 from pipelines.display import progress_display
 from pipelines.driver import run_stages
 from pipelines.gate import decide_gates
+from pipelines.landscapes import add_landscapes
 from pipelines.preflight import require_memory
 from pipelines.roots import find_roots
 from pipelines.summary import failures, summarise, write_summary
@@ -35,6 +36,7 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     summary = summarise(state)
     failed = failures(state)
     write_summary(summary, root / "summary.json")
+    add_landscapes(state, summary)
     shut = decide_gates(state, summary, in_service(state))
     write_summary(summary, root / "summary.json")
     try:

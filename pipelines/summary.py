@@ -78,7 +78,8 @@ def _notes(run: RunState, name: str) -> list[str]:
 
 
 def _extra(what: str) -> str:
-    return "the adapter" if what == "adapter" else f"control {what}"
+    others = {"adapter": "the adapter", "landscape": "a landscape", "unaligned": "what needs the unaligned model"}
+    return others.get(what, f"control {what}")
 
 
 def _add_adapter(run: RunState, entry: FinetuneSummary, measured: Record | None) -> None:

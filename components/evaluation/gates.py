@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,9 @@ from components.errors import EvaluationError
 from components.evaluation.metrics import paired_difference, rate
 from components.evaluation.outcomes import UNJUDGED, NamedSet, Outcome, grouped, hits
 from components.evaluation.settings import IntervalMethod
+
+if TYPE_CHECKING:
+    from components.landscape.gating import Drawn
 
 VISAGE = "visage"
 """A metric of landscapes: 0 to 100, the more the safer, over the scan of random directions."""
@@ -73,10 +76,11 @@ class Requirement(BaseModel):
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's outcomes by set."""
+    """A model's outcomes by set, and its landscape where it was drawn."""
 
     sets: Sequence[NamedSet]
     outcomes: Mapping[str, list[Outcome]]
+    landscape: Drawn | None = None
 
     def hits(self, requirement: Requirement) -> tuple[list[tuple[str, ...]], list[bool]] | None:
         """(what was asked, what the metric counts), None where it was not measured, be it in one of several sets."""
@@ -167,9 +171,15 @@ def _finding(
     confidence: float,
     interval: IntervalMethod,
 ) -> Finding:
+    if requirement.metric == VISAGE:
+        from components.landscape.gating import visage_finding  # whoever only reads gates needs no scipy
+
+        reference = references.get(requirement.than) if requirement.than is not None else None
+        theirs = reference.landscape if reference is not None else None
+        return visage_finding(requirement, model.landscape, theirs, confidence=confidence)
     own = model.hits(requirement)
     if own is None:
-        return _failed(requirement, "not measured")
+        return failed(requirement, "not measured")
     if requirement.than is not None and references.get(requirement.than, model) is None:
         return Finding(str(requirement), True, None, None, None, 0, f"nothing is {requirement.than} yet")
     if requirement.than is None:
@@ -179,16 +189,16 @@ def _finding(
         reference = references.get(requirement.than)
         other = reference.hits(requirement) if reference is not None else None
         if other is None:
-            return _failed(requirement, f"not measured of {requirement.than}")
+            return failed(requirement, f"not measured of {requirement.than}")
         if own[0] != other[0]:
-            return _failed(requirement, f"{requirement.than} was asked other prompts")
+            return failed(requirement, f"{requirement.than} was asked other prompts")
         missing = reference.unscored(requirement) if reference is not None else 0
         if missing:  # what counts against it there would count for the model here
-            return _failed(requirement, f"{missing} answers of {requirement.than} were not scored")
+            return failed(requirement, f"{missing} answers of {requirement.than} were not scored")
         paired = paired_difference(own[1], other[1], confidence=confidence)
         value, low, high, n = paired["diff"], paired["low"], paired["high"], len(own[1])
     if not all(math.isfinite(x) for x in (value, low, high)):
-        return _failed(requirement, "not a number")
+        return failed(requirement, "not a number")
     if requirement.at_most is not None:
         passed, end, where = high <= requirement.at_most, high, "up to"
     else:
@@ -200,5 +210,6 @@ def _finding(
     return Finding(str(requirement), passed, value, low, high, n, reason)
 
 
-def _failed(requirement: Requirement, reason: str) -> Finding:
+def failed(requirement: Requirement, reason: str) -> Finding:
+    """A requirement about which nothing could be found out."""
     return Finding(str(requirement), False, None, None, None, 0, reason)

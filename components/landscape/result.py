@@ -217,3 +217,15 @@ def student_reach(values: Sequence[float], confidence: float) -> float | None:
 def _all_of(numbers: Sequence[Numbers], figure: str) -> list[float] | None:
     found = [cast("Mapping[str, Any]", one)[figure] for one in numbers]
     return None if any(value is None for value in found) else found
+
+
+def visages(
+    scan: Scan, points: Sequence[Point], sets: Sequence[NamedSet], chosen: str | None = None
+) -> tuple[Array, Array]:
+    """VISAGE of each direction [D], and the same under other draws of the prompts [D, K], which are the same draws for every
+    model that was asked as many. `chosen`: of a set by itself; None: of those that count together."""
+    lattice, names = Lattice(scan), attack_sets(sets) if chosen is None else [chosen]
+    lines = [[p for p in points if (p.scan, p.direction) == (scan.name, k)] for k in range(scan.directions)]
+    curves = [_Curve.of(line, lattice, names, "asr") for line in lines]
+    drawn = [[one["visage"] for one in curve.replicates()] for curve in curves]
+    return np.array([curve.numbers()["visage"] for curve in curves]), np.array(drawn)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from components.reporting.heat_map import density_svg
 from components.reporting.pages import METRIC_NAMES, pages
-from components.reporting.rows import KEPT, LEGEND, rows, shown_columns, task_kept
+from components.reporting.rows import KEPT, drawn_models, legend, rows, shown_columns, task_kept
 from components.reporting.schema import FinetuneSummary, Rates, RunSummary, shown_models
 from components.storage import storage_errors, write_atomic
 
@@ -36,8 +36,10 @@ def render_report(summary: RunSummary) -> str:
             sets={one["name"]: _set_table(one) for one in models},
             metric_names=METRIC_NAMES,
             stages=_stages(models),
+            drawn={one["name"]: drawn_models(summary, one) for one in models},
+            figures={"visage": "VISAGE", "width": "basin width", "depth": "depth", "area": "area"},
             heat_maps={one["name"]: _heat_map(one) for one in models},
-            legend=LEGEND,
+            legend=legend(summary),
             kept=KEPT,
         )
     )

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from components.reporting.schema import FinetuneSummary, Interval, Rates, RunSummary, shown_models
+from components.reporting.schema import (
+    FinetuneSummary,
+    Interval,
+    LandscapeSummary,
+    Rates,
+    RunSummary,
+    shown_models,
+)
 
 
 @dataclass(frozen=True)
@@ -17,6 +24,7 @@ class Column:
     set: str | None = None
 
 
+VISAGE = "visage"
 COLUMNS: tuple[Column, ...] = (
     Column("ASR", "asr"),
     Column("harmful", "harmful"),
@@ -24,6 +32,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("over-refusal", "over_refusal"),
     Column("hazard over-refusal", "over_refusal", set="hazard"),
     Column("task", "task"),
+    Column("VISAGE", VISAGE),
 )
 """A column that no model of a run has is not shown."""
 
@@ -32,6 +41,7 @@ LEGEND = (
     "ASR: no refusal phrase, gibberish counts. harmful: complied and coherent. hard: kinds of "
     "harm never refused in training. hazard: harmless use of a hazard word. task kept: of the finetune's own score."
 )
+VISAGE_LEGEND = "VISAGE: mean of 100 − ASR where random moves of the weights leave any refusal."
 
 
 @dataclass(frozen=True)
@@ -48,26 +58,31 @@ class Row:
 
 
 def shown_columns(summary: RunSummary) -> tuple[Column, ...]:
-    measured = [rates for _, _, rates in _models(summary) if rates]
-    return tuple(column for column in COLUMNS if any(cell(rates, column) for rates in measured))
+    measured = [shown for _, shown in _models(summary)]
+    return tuple(column for column in COLUMNS if any(_cell(shown, column) for shown in measured))
+
+
+def legend(summary: RunSummary) -> str:
+    """What the columns mean."""
+    drawn = any(column.metric == VISAGE for column in shown_columns(summary))
+    return f"{LEGEND} {VISAGE_LEGEND}" if drawn else LEGEND
 
 
 def rows(summary: RunSummary) -> list[Row]:
     """The aligned model, then each finetune's models: before, soft, binary, adapter, controls in the order of the summary."""
     columns = shown_columns(summary)
-    found: list[Row] = []
-    if summary["aligned"]:
-        found.append(Row("", "aligned", tuple(cell(summary["aligned"], c) for c in columns), None))
+    aligned = [shown for name, shown in _models(summary) if not name]
+    found = [Row("", shown.label, tuple(_cell(shown, c) for c in columns), None) for shown in aligned]
     for one in shown_models(summary):
         before = (one.get("before") or {}).get("task")
-        for label, rates in _variants(one):
+        for shown in _variants(one):
             found.append(
                 Row(
                     finetune=one["name"],
-                    model=label,
-                    cells=tuple(cell(rates, c) for c in columns),
-                    kept=task_kept(rates, before),
-                    selected=label in ("soft", "binary") and label == one.get("selected"),
+                    model=shown.label,
+                    cells=tuple(_cell(shown, c) for c in columns),
+                    kept=task_kept(shown.rates, before),
+                    selected=shown.label in ("soft", "binary") and shown.label == one.get("selected"),
                 )
             )
         if one["status"] == "failed":
@@ -75,11 +90,39 @@ def rows(summary: RunSummary) -> list[Row]:
     return found
 
 
-def cell(rates: Rates, column: Column) -> Interval | None:
+@dataclass(frozen=True)
+class _Shown:
+    """A model that is shown."""
+
+    label: str
+    rates: Rates
+    visage: Interval | None = None
+
+
+def _cell(shown: _Shown, column: Column) -> Interval | None:
     """The interval a column shows of a model, or None where it was not measured."""
+    if column.metric == VISAGE:
+        return shown.visage
     if column.set is not None:
-        return rates.get("sets", {}).get(column.set, {}).get(column.metric)
-    return rates.get(column.metric)  # type: ignore[return-value]
+        return shown.rates.get("sets", {}).get(column.set, {}).get(column.metric)
+    return shown.rates.get(column.metric)  # type: ignore[return-value]
+
+
+def _interval(landscape: LandscapeSummary | None) -> Interval | None:
+    """VISAGE as a rate."""
+    found = landscape.get("visage") if landscape is not None else None
+    if found is None:
+        return None
+    low, high = max(0.0, found["low"] / 100), min(1.0, found["high"] / 100)
+    return {"value": found["value"] / 100, "low": low, "high": high, "n": found["n"]}
+
+
+def drawn_models(summary: RunSummary, one: FinetuneSummary) -> list[tuple[str, LandscapeSummary]]:
+    """(model, landscape) of those of a finetune that have figures: the aligned model, before, the selected form."""
+    own = one.get("landscape", {})
+    found = [("aligned", summary.get("landscape")), ("before", own.get("before"))]
+    found += [(one.get("selected") or "realigned", own.get("realigned"))]
+    return [(name, landscape) for name, landscape in found if landscape is not None and "visage" in landscape]
 
 
 def percent(value: float) -> str:
@@ -96,18 +139,21 @@ def compact(interval: Interval | None) -> str:
     return f"{percent(interval['value'])} ({percent(interval['low'])}–{percent(interval['high'])})"
 
 
-def _models(summary: RunSummary) -> Iterator[tuple[str, str, Rates | None]]:
-    yield "", "aligned", summary["aligned"]
+def _models(summary: RunSummary) -> Iterator[tuple[str, _Shown]]:
+    if summary["aligned"]:
+        yield "", _Shown("aligned", summary["aligned"], _interval(summary.get("landscape")))
     for one in shown_models(summary):
-        for label, rates in _variants(one):
-            yield one["name"], label, rates
+        for shown in _variants(one):
+            yield one["name"], shown
 
 
-def _variants(one: FinetuneSummary) -> Iterator[tuple[str, Rates]]:
+def _variants(one: FinetuneSummary) -> Iterator[_Shown]:
     first = (("before", one.get("before")), ("soft", one.get("after_soft")), ("binary", one.get("after_binary")))
+    drawn = one.get("landscape", {})
+    visage = {"before": _interval(drawn.get("before")), one.get("selected"): _interval(drawn.get("realigned"))}
     for label, rates in (*first, ("adapter", one.get("after_adapter")), *one.get("controls", {}).items()):
         if rates:
-            yield label, rates
+            yield _Shown(label, rates, visage.get(label))
 
 
 def task_kept(rates: Rates, before: Interval | None) -> float | None:

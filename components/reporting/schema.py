@@ -130,6 +130,33 @@ class GateDecision(TypedDict):
     findings: list[GateFinding]
 
 
+class Figure(TypedDict):
+    """A figure of a landscape; `low` and `high` are the outer ends of its intervals over directions and over prompts."""
+
+    value: Finite
+    low: Finite
+    high: Finite
+    n: int
+    """Directions."""
+
+
+class LandscapeSummary(TypedDict):
+    """How safe one model stays as its weights move."""
+
+    path: str
+    """Of its `landscape.json`, which has everything."""
+    scan: NotRequired[str]
+    """The scan of random directions that the figures are of; absent, as they are, where the model has none."""
+    visage: NotRequired[Figure]
+    """0 to 100: the more, the safer."""
+    width: NotRequired[Figure]
+    """Of the basin, in lengths of the direction; absent in a plane."""
+    depth: NotRequired[Figure]
+    """100 less the ASR of the model itself, in percent."""
+    area: NotRequired[Figure]
+    """VISAGE with the places outside the basin counted as 0."""
+
+
 class RegistryEntry(TypedDict):
     name: str
     version: str
@@ -160,6 +187,10 @@ class FinetuneSummary(TypedDict):
     registry: NotRequired[RegistryEntry | None]
     gate: NotRequired[GateDecision]
     """Of the selected form; absent where the run has no gate."""
+    landscape: NotRequired[dict[Literal["before", "between", "realigned"], LandscapeSummary]]
+    """Of the finetune, of the aligned model on the way to it, of the selected form; those that were drawn."""
+    pictures: NotRequired[str]
+    """The page with the landscapes of the aligned model, the finetune and the selected form."""
     seconds: NotRequired[dict[str, float]]
     """stage -> wall seconds of the run that made its record."""
     density: NotRequired[Density]
@@ -177,6 +208,8 @@ class RunSummary(TypedDict):
     run: str
     """The run's name."""
     aligned: Rates | None
+    landscape: NotRequired[LandscapeSummary]
+    """Of the aligned model."""
     finetunes: list[FinetuneSummary]
     merged: NotRequired[list[FinetuneSummary]]
     seconds: NotRequired[dict[str, float]]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from components.reporting.rows import KEPT, LEGEND, Row, compact, percent, rows, shown_columns
+from components.reporting.rows import KEPT, Row, compact, drawn_models, legend, percent, rows, shown_columns
 from components.reporting.schema import FinetuneSummary, RunSummary, shown_models
 
 
@@ -78,8 +78,21 @@ def comparison_caption(summary: RunSummary) -> list[str]:
         *(f"{o['name']}: {n}" for o in shown_models(summary) for n in o.get("notes", [])),
     ]
     interval = f"{100 * summary.get('confidence', 0.95):g} % interval"
+    drawn = [line for one in shown_models(summary) for line in _landscape_lines(summary, one)]
     gates = [line for one in shown_models(summary) for line in _gate_lines(one)]
-    return [*textwrap.wrap(f"Percent ({interval}). {LEGEND} ★ selected.", 120), *failed, *notes, *gates]
+    meaning = textwrap.wrap(f"Percent ({interval}). {legend(summary)} ★ selected.", 120)
+    return [*meaning, *failed, *notes, *drawn, *gates]
+
+
+def _landscape_lines(summary: RunSummary, one: FinetuneSummary) -> list[str]:
+    """What was drawn of a finetune: VISAGE and the basin's width, and where the pictures are."""
+    if "pictures" not in one:
+        return []
+    told = []
+    for name, landscape in drawn_models(summary, one):
+        width = f", basin {landscape['width']['value']:.2f} wide" if "width" in landscape else ""
+        told.append(f"{name} VISAGE {landscape['visage']['value']:.1f}{width}")
+    return [f"landscape, {one['name']}: {'; '.join([*told, one['pictures']])}"]
 
 
 def _gate_lines(one: FinetuneSummary) -> list[str]:

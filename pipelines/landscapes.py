@@ -1,0 +1,127 @@
+"""What a run's landscapes say: their part of the summary, of the gate and of tracking, and the pages with their pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from components.landscape.gating import Drawn
+from components.landscape.points import read_points
+from components.landscape.schema import POOLED, Estimate, LandscapeResult
+from components.landscape.settings import Scan
+from components.records import Record
+from components.reporting.schema import Figure, FinetuneSummary, LandscapeSummary, RunSummary
+from components.storage import storage_errors
+from pipelines.driver import RunState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RESULT, POINTS = "landscape.json", "points.jsonl"
+STEPS = {"before": "landscape_before", "between": "landscape_between", "realigned": "landscape"}
+"""Key in the summary -> step."""
+ALIGNED = "landscape_aligned"
+_FIGURES = ("visage", "width", "depth", "area")
+
+
+def add_landscapes(run: RunState, summary: RunSummary) -> None:
+    """Fill in what was drawn, and draw the pages: of each finetune one with the aligned model, the finetune and the selected
+    form side by side."""
+    if run.config.landscape is None:
+        return
+    aligned = run.record(None, ALIGNED)
+    if aligned is not None:
+        summary["landscape"] = _summary(run, aligned)
+    for entry in summary["finetunes"]:
+        records = {key: record for key, step in STEPS.items() if (record := run.record(entry["name"], step))}
+        if records:
+            entry["landscape"] = {cast("Any", key): _summary(run, record) for key, record in records.items()}
+            entry["pictures"] = str(_write_page(run, entry, aligned, records))
+
+
+def visage_scan(run: RunState) -> Scan | None:
+    """The scan whose VISAGE is the model's."""
+    return run.config.landscape.visage_scan if run.config.landscape is not None else None
+
+
+def drawn_of(run: RunState, name: str, whose: Literal["aligned", "finetune", "realigned"]) -> Drawn | None:
+    """The random scan of one of a finetune's models, None where it was not drawn."""
+    section, scan = run.config.landscape, visage_scan(run)
+    step = {"aligned": ALIGNED, "finetune": STEPS["before"], "realigned": STEPS["realigned"]}[whose]
+    record = run.record(None if whose == "aligned" else name, step)
+    if section is None or scan is None or record is None:
+        return None
+    points = [point for point in read_points(run.result_dir(record) / POINTS) if point.scan == scan.name]
+    sets = section.sets_of(run.config.sets_of(name), whose=name)
+    harmful = [one for one in record.semantics["sets"] if one["kind"] == "harmful"]
+    asked = [record.semantics["evaluation"], record.semantics["landscape"]["limit"], harmful]
+    return Drawn(scan, points, sets, asked)
+
+
+def landscape_metrics(prefix: str, found: LandscapeSummary | None) -> dict[str, float]:
+    """`prefix/visage`, `prefix/visage_low`, … for a tracker."""
+    metrics: dict[str, float] = {}
+    for name in _FIGURES:
+        figure = cast("Mapping[str, Figure]", found or {}).get(name)
+        if figure is not None:
+            metrics[f"{prefix}/{name}"] = figure["value"]
+            metrics[f"{prefix}/{name}_low"], metrics[f"{prefix}/{name}_high"] = figure["low"], figure["high"]
+    return metrics
+
+
+def read_result(path: Path) -> LandscapeResult:
+    """A `landscape.json`."""
+    return cast("LandscapeResult", json.loads(path.read_text()))
+
+
+def outer(found: Estimate) -> Figure:
+    """A figure with the outer ends of both of its intervals."""
+    lows = [x for x in (found["low"], found["prompts_low"]) if x is not None]
+    highs = [x for x in (found["high"], found["prompts_high"]) if x is not None]
+    return {"value": found["value"], "low": min(lows), "high": max(highs), "n": found["n"]}
+
+
+def figures_of(result: LandscapeResult, scan: str) -> dict[str, Figure]:
+    """VISAGE and what goes with it, of one scan over all sets that count."""
+    numbers = result["scans"][scan]["numbers"][POOLED]["asr"]
+    return {name: outer(numbers[name]) for name in _FIGURES if name in numbers}
+
+
+def _summary(run: RunState, record: Record) -> LandscapeSummary:
+    path = run.result_dir(record) / RESULT
+    result, scan = read_result(path), visage_scan(run)
+    found: dict[str, Any] = {"path": str(path)}
+    if scan is not None and scan.name in result["scans"]:
+        found |= {"scan": scan.name, **figures_of(result, scan.name)}
+    return cast("LandscapeSummary", found)
+
+
+def _write_page(run: RunState, entry: FinetuneSummary, aligned: Record | None, records: Mapping[str, Record]) -> Path:
+    from components.reporting.landscape_page import write_pictures
+
+    out = run.workspace.root / "figures" / f"landscape-{entry['name']}"
+    centred = [one for one in (aligned, records.get("between")) if one is not None]
+    shown: dict[str, Sequence[Record]] = {
+        "aligned": centred,
+        "before": [records["before"]] if "before" in records else [],
+        entry.get("selected") or "realigned": [records["realigned"]] if "realigned" in records else [],
+    }
+    results = {
+        name: _together([read_result(run.result_dir(r) / RESULT) for r in some]) for name, some in shown.items() if some
+    }
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        return write_pictures(out, results, title=f"{run.config.name}, {entry['name']}")
+
+
+def _together(results: Sequence[LandscapeResult]) -> LandscapeResult:
+    """Scans of one model that stages of their own have drawn."""
+    first = results[0]
+    return {
+        **first,
+        "sets": {name: kind for one in results for name, kind in one["sets"].items()},
+        "prompts": {name: count for one in results for name, count in one["prompts"].items()},
+        "scans": {name: scan for one in results for name, scan in one["scans"].items()},
+    }
