@@ -241,10 +241,73 @@ def evaluate(
         return
     if not models or config is None or out is None:
         raise ConfigError("give models, --config and --out, or --how-many")
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {dtype}: give float32, bfloat16 or float16")
+    _require_dtype(dtype)
     with _interruptible("the same command continues"):
         evaluate_command(models, config, out, Runtime(base, device, dtype, batch_size, actors, devices, key_variable))
+
+
+@app.command()
+def landscape(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Models as name=DIRECTORY, all of one architecture; each is marked in the others' landscapes."
+        ),
+    ],
+    config: Annotated[
+        Path,
+        typer.Option(help="YAML with a section `evaluation`, as a run config has it, and perhaps `landscape`."),
+    ],
+    out: Annotated[Path, typer.Option(help="Where figures, points and pictures go.")],
+    axes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="random:3 (three random directions), towards=MODEL (a name given or a directory), or two with a comma for a "
+            "plane; again for another scan. By default as the config says, or random:3."
+        ),
+    ] = None,
+    points: Annotated[int | None, typer.Option(min=3, help="Of each axis; 21 as published.")] = None,
+    bounds: Annotated[
+        str | None,
+        typer.Option(
+            "--range", help="Of each axis, as LOW:HIGH in lengths of the direction; -0.5:0.5, towards: -0.5:1.5."
+        ),
+    ] = None,
+    refine: Annotated[
+        float | None,
+        typer.Option(help="Begin with few points and add until VISAGE (0 to 100) is known to within this."),
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Of each set only the first so many; 80 as published.")
+    ] = None,
+    sets: Annotated[str | None, typer.Option(help="Test sets, with commas between; by default all that count.")] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes (Ray actors), each with a model that it moves; as many as CPUs, on cuda 1."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    devices: Annotated[int, typer.Option(min=1, help="GPUs of each actor.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the models: float32, bfloat16 or float16; as the config says.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="The largest; halved where memory wants it.")] = 128,
+    base: Annotated[Path | None, typer.Option(help="What models that are adapters are over.")] = None,
+) -> None:
+    """Draw how safe models stay as their weights move, and score it (VISAGE).
+
+    The same command goes on after an interruption.
+    """
+    from pipelines.evaluated_models import Runtime
+    from pipelines.landscape_axes import Options
+    from pipelines.landscape_command import landscape_command
+
+    _require_dtype(dtype)
+    options = Options(axes or (), points, bounds, refine, prompts, sets)
+    with _interruptible("the same command continues"):
+        runtime = Runtime(base, device, dtype, batch_size, devices=devices)
+        landscape_command(models, config, out, options, runtime, actors=actors)
 
 
 @app.command()
@@ -288,6 +351,11 @@ def testbed_build(
             progress=_phase,
         )
     typer.echo(f"{where}/realign.yaml")
+
+
+def _require_dtype(dtype: str | None) -> None:
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype}: give float32, bfloat16 or float16")
 
 
 def _phase(values: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from components.errors import ConfigError
 from components.evaluation.capability.settings import CapabilitySettings, CapabilityTask
@@ -248,6 +248,22 @@ def load_config(path: Path) -> RunConfig:
         lines = [f"{path}:{line}: {text}" for line, text in sorted(problems)]
         raise ConfigError("\n".join(lines))
     return config
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def load_sections(path: Path, into: type[T]) -> T:
+    """Those sections that a command takes (the fields of `into`); the others of a run config are left alone. Raises
+    ConfigError that lists everything wrong."""
+    document = LocatedYaml(path, meant="give a mapping with a section `evaluation`, as a run config has it")
+    known = {field.alias or name for name, field in RunConfig.model_fields.items()}
+    data = {key: value for key, value in document.data.items() if key not in known or key in into.model_fields}
+    try:
+        return into.model_validate(data, context={"base": path.resolve().parent})
+    except ValidationError as error:
+        problems = [(document.line(tuple(one["loc"])), sentence(one)) for one in error.errors()]
+    raise ConfigError("\n".join(f"{path}:{line}: {text}" for line, text in sorted(problems)))
 
 
 def sentence(error: Any) -> str:

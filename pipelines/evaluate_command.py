@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from components.errors import ConfigError, GateError, RealignError
 from components.evaluation.api import Pressing
@@ -22,8 +22,7 @@ from components.evaluation.outcomes import NamedSet, Outcome, rates_of
 from components.evaluation.prompts import PromptSet, load_prompt_set
 from components.reporting.comparison import against_first, write_comparison
 from components.storage import write_atomic
-from components.yaml_lines import LocatedYaml
-from pipelines.config import RunConfig, sentence
+from pipelines.config import load_sections
 from pipelines.evaluate_text import told_lines
 from pipelines.evaluated_models import STATE, Named, Runtime, check_models, named_models, outcomes_of, workers
 from pipelines.judging import PREFERENCE, compared_lines, judged_lines
@@ -50,16 +49,7 @@ class EvaluateConfig(BaseModel):
 
 def load_evaluate_config(path: Path) -> EvaluateConfig:
     """Read and check; other sections of a run config are left alone. Raises ConfigError that lists everything wrong."""
-    document = LocatedYaml(path, meant="give a mapping with a section `evaluation`, as a run config has it")
-    known = {field.alias or name for name, field in RunConfig.model_fields.items()}
-    data = {
-        key: value for key, value in document.data.items() if key not in known or key in EvaluateConfig.model_fields
-    }
-    try:
-        return EvaluateConfig.model_validate(data, context={"base": path.resolve().parent})
-    except ValidationError as error:
-        problems = [(document.line(tuple(one["loc"])), sentence(one)) for one in error.errors()]
-    raise ConfigError("\n".join(f"{path}:{line}: {text}" for line, text in sorted(problems)))
+    return load_sections(path, EvaluateConfig)
 
 
 def evaluate_command(models: Sequence[str], config: Path, out: Path, runtime: Runtime) -> None:

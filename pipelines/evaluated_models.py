@@ -138,7 +138,7 @@ def outcomes_of(
 
     options: dict[str, Any] = {
         "out_dir": out / one.name,
-        "state_dir": out / STATE / hashlib.sha256(_identity(one, runtime).encode()).hexdigest()[:20],
+        "state_dir": out / STATE / hashlib.sha256(identity_of(one, runtime).encode()).hexdigest()[:20],
         "progress": partial(_tell, one.name),
     }
     with _opened(one, runtime, settings.dtype) as answerer:
@@ -180,7 +180,7 @@ def _opened(model: Named, runtime: Runtime, dtype: str) -> Iterator[Answerer]:
         yield found
 
 
-def _identity(model: Named, runtime: Runtime) -> str:
+def identity_of(model: Named, runtime: Runtime) -> str:
     """What tells that a place holds another model now."""
     place = Path(model.place)
     if not place.is_dir():

@@ -60,9 +60,8 @@ def _decided(run: RunState, entry: FinetuneSummary, in_service: InService) -> Ga
                 other = (
                     run.record(None, "evaluate_aligned") if than == "aligned" else run.record(name, "evaluate_before")
                 )
-                references[than] = _measured(run, other, sets)
-                if than in drawn:
-                    references[than] = replace(references[than], landscape=drawn_of(run, name, than))
+                landscape = drawn_of(run, name, than) if than in drawn else None
+                references[than] = replace(_measured(run, other, sets), landscape=landscape)
         except RealignError as error:  # left out, which shuts the gate
             entry.setdefault("notes", []).append(f"gate: {error}")
     model = _measured(run, own, sets)

@@ -96,11 +96,11 @@ def landscape_problems(section: LandscapeSection, evaluation: EvaluationSection,
                 f"landscape: scan {scan.name} leads to {', '.join(sorted(_leads_to(scan)))} and is drawn of none of the models "
                 f"{', '.join(section.drawn)}; a model is not drawn towards itself, nor a finetune towards its realigned model"
             )
-    return problems + _set_problems(section.sets, evaluation)
+    return problems + set_problems(section.sets, evaluation)
 
 
-def _set_problems(named: Sequence[str], evaluation: EvaluationSection) -> list[str]:
-    """Of sets that a landscape is to ask. The command's too."""
+def set_problems(named: Sequence[str], evaluation: EvaluationSection) -> list[str]:
+    """What is wrong with the sets that a landscape is to ask."""
     tested = {one.name: one for one in evaluation.sets if one.split == "test"}
     tasks = {task.name for task in evaluation.capability.tasks} if evaluation.capability is not None else set()
     problems = [

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from components.landscape.figures import FIGURES, figures_of
 from components.landscape.gating import Drawn
 from components.landscape.points import read_points
-from components.landscape.schema import POOLED, Estimate, LandscapeResult
+from components.landscape.schema import LandscapeResult
 from components.landscape.settings import Scan
 from components.records import Record
 from components.reporting.schema import Figure, FinetuneSummary, LandscapeSummary, RunSummary
@@ -23,7 +24,6 @@ RESULT, POINTS = "landscape.json", "points.jsonl"
 STEPS = {"before": "landscape_before", "between": "landscape_between", "realigned": "landscape"}
 """Key in the summary -> step."""
 ALIGNED = "landscape_aligned"
-_FIGURES = ("visage", "width", "depth", "area")
 
 
 def add_landscapes(run: RunState, summary: RunSummary) -> None:
@@ -63,7 +63,7 @@ def drawn_of(run: RunState, name: str, whose: Literal["aligned", "finetune", "re
 def landscape_metrics(prefix: str, found: LandscapeSummary | None) -> dict[str, float]:
     """`prefix/visage`, `prefix/visage_low`, … for a tracker."""
     metrics: dict[str, float] = {}
-    for name in _FIGURES:
+    for name in FIGURES:
         figure = cast("Mapping[str, Figure]", found or {}).get(name)
         if figure is not None:
             metrics[f"{prefix}/{name}"] = figure["value"]
@@ -74,19 +74,6 @@ def landscape_metrics(prefix: str, found: LandscapeSummary | None) -> dict[str, 
 def read_result(path: Path) -> LandscapeResult:
     """A `landscape.json`."""
     return cast("LandscapeResult", json.loads(path.read_text()))
-
-
-def outer(found: Estimate) -> Figure:
-    """A figure with the outer ends of both of its intervals."""
-    lows = [x for x in (found["low"], found["prompts_low"]) if x is not None]
-    highs = [x for x in (found["high"], found["prompts_high"]) if x is not None]
-    return {"value": found["value"], "low": min(lows), "high": max(highs), "n": found["n"]}
-
-
-def figures_of(result: LandscapeResult, scan: str) -> dict[str, Figure]:
-    """VISAGE and what goes with it, of one scan over all sets that count."""
-    numbers = result["scans"][scan]["numbers"][POOLED]["asr"]
-    return {name: outer(numbers[name]) for name in _FIGURES if name in numbers}
 
 
 def _summary(run: RunState, record: Record) -> LandscapeSummary:

@@ -1,0 +1,253 @@
+"""`realign landscape`: how safe models stay as their weights move: figures, pictures, and where the models lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from components.errors import CheckpointError, ConfigError
+from components.evaluation.execution import EvaluationExecution
+from components.evaluation.settings import EvaluationSettings
+from components.landscape.settings import Scan
+from pipelines.config import load_sections
+from pipelines.evaluated_models import STATE, Named, Runtime, check_models, identity_of, named_models
+from pipelines.landscape_axes import Options, asked_settings, scans_of, with_targets
+from pipelines.landscape_section import LandscapeSection, set_problems
+from pipelines.sections import EvaluationSection
+
+if TYPE_CHECKING:
+    from components.checkpoints.reference import Checkpoint
+    from components.checkpoints.source import TensorSource
+    from components.evaluation.prompts import PromptSet
+    from components.landscape.schema import LandscapeResult
+
+RESULT, POINTS = "landscape.json", "points.jsonl"
+_TELL_SECONDS = 10.0
+"""Between two lines of progress where no terminal is."""
+
+
+class LandscapeConfig(BaseModel):
+    """What `realign landscape` takes of a file: a run config's `evaluation` section, and `landscape` where it is there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    evaluation: EvaluationSection
+    landscape: LandscapeSection | None = None
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """All that is drawn, of all models."""
+
+    given: Sequence[Named]
+    models: Sequence[Named]
+    """Those, and what else axes lead to."""
+    scans: Sequence[Scan]
+    sets: Sequence[PromptSet]
+    settings: EvaluationSettings
+    runtime: Runtime
+    out: Path
+
+    @property
+    def drawn(self) -> list[Named]:
+        """The models that have a landscape; the others are marked in theirs."""
+        return [one for one in self.given if scans_of(self.scans, one.name)]
+
+
+def landscape_command(
+    models: Sequence[str], config: Path, out: Path, options: Options, runtime: Runtime, *, actors: int | None = None
+) -> None:
+    """Measure, write, print. `actors`: None takes as many as there are CPUs, on the CPU. Raises RealignError."""
+    drawing = _prepared(models, config, out, options, runtime, actors)
+    for one in drawing.drawn:
+        for name in (RESULT, POINTS):
+            (out / one.name / name).unlink(missing_ok=True)  # what an earlier run said is not said of this one
+    how = _execution(drawing.runtime)
+    with _processes(how):
+        results = {one.name: _drawn(one, drawing, how) for one in drawing.drawn}
+    from components.reporting.landscape_page import write_pictures
+    from pipelines.landscape_text import told_lines
+
+    page = write_pictures(out, results, title=", ".join(results))
+    paths = [str(out / name / RESULT) for name in results]
+    sys.stdout.write("\n".join([*told_lines(results), *paths, str(page)]) + "\n")
+    shutil.rmtree(out / STATE, ignore_errors=True)  # of an interrupted run alone: a place may hold another model later
+
+
+def _prepared(
+    models: Sequence[str], config: Path, out: Path, options: Options, runtime: Runtime, actors: int | None
+) -> _Drawing:
+    """Everything that can be known before a model is loaded. Raises RealignError."""
+    chosen = load_sections(config, LandscapeConfig)
+    given = named_models(models)
+    served = [one.place for one in given if one.served]
+    if served:
+        raise ConfigError(
+            f"{', '.join(served)}: a landscape moves a model's weights, so they must lie in a directory here"
+        )
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: that is a file; give a directory")
+    settings = asked_settings(options, chosen.landscape)
+    problems = set_problems(settings.sets, chosen.evaluation)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    scans, named = with_targets(settings, given, Path() if options.axes else config.parent)
+    drawn = [one for one in given if scans_of(scans, one.name)]
+    if not drawn:
+        raise ConfigError("nothing to draw: every axis leads to the only model there is; give another one")
+    runtime = replace(runtime, actors=actors or _default_actors(runtime, scans))
+    _check_device(runtime)
+    check_models(named, runtime)
+    _require_comparable(named, runtime)
+    sets = _prompts(chosen.evaluation, settings.sets, settings.limit)
+    fields = {name: getattr(chosen.evaluation, name) for name in EvaluationSettings.model_fields if name != "sets"}
+    asked = EvaluationSettings(**{**fields, "dtype": runtime.dtype or chosen.evaluation.dtype})
+    _require_judge(asked, runtime)
+    return _Drawing(given, named, scans, sets, asked, runtime, out)
+
+
+def _default_actors(runtime: Runtime, scans: Sequence[Scan]) -> int:
+    points = sum(scan.directions * scan.points ** len(scan.axes) for scan in scans)
+    return min(os.cpu_count() or 1, points) if runtime.device == "cpu" else 1
+
+
+def _check_device(runtime: Runtime) -> None:
+    if runtime.device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {runtime.device}: points are measured on cpu or cuda, which of the GPUs Ray says")
+
+
+def _require_comparable(models: Sequence[Named], runtime: Runtime) -> None:
+    """Raises CheckpointError with all that keeps models from lying in one landscape: an axis, or a mark, is a difference."""
+    from components.checkpoints.compare import compare
+
+    opened = [(one.name, _checkpoint(Path(one.place).resolve(), runtime.base)) for one in models]
+    (first, reference), *others = opened
+    differing = {name: found for name, other in others if (found := compare(reference, other))}
+    if differing:
+        told = [
+            f"{name} and {first} do not lie in one landscape: {'; '.join(found[:8])}"
+            for name, found in differing.items()
+        ]
+        raise CheckpointError("\n".join(told))
+
+
+def _prompts(evaluation: EvaluationSection, names: Sequence[str], limit: int | None) -> list[PromptSet]:
+    from components.evaluation.prompts import load_prompt_set
+    from ray_jobs.landscape_trials import shortened
+
+    tested = [one for one in evaluation.sets if one.split == "test"]
+    asked = [one for one in tested if (one.name in names if names else one.counts)]
+    return list(shortened([load_prompt_set(one) for one in asked], limit))
+
+
+def _require_judge(settings: EvaluationSettings, runtime: Runtime) -> None:
+    from components.evaluation.judges import make_judge
+    from components.evaluation.judges.apis import require_apis
+
+    make_judge(settings.judge, runtime.judging)
+    require_apis(settings.judge)
+
+
+def _execution(runtime: Runtime) -> EvaluationExecution:
+    device: Any = runtime.device
+    return EvaluationExecution(actors=runtime.actors, device=device, devices=runtime.devices)
+
+
+@contextmanager
+def _processes(how: EvaluationExecution) -> Iterator[None]:
+    """What actors need, for all models in turn; nothing where there are none."""
+    if how.in_process:
+        yield
+        return
+    from ray_jobs.submit import started_ray
+
+    with started_ray(max(os.cpu_count() or 1, how.actors)):
+        yield
+
+
+def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution) -> LandscapeResult:
+    """One model's landscape, which is written when it is whole."""
+    from components.landscape.points import write_points
+    from components.landscape.result import landscape_result
+    from components.storage import write_atomic
+    from ray_jobs.actors import Place
+    from ray_jobs.landscape_trials import Surveying, survey_points
+
+    runtime = drawing.runtime
+    base = runtime.base.resolve() if runtime.base is not None else None
+    others = [other for other in drawing.models if other is not one]
+    scans = scans_of(drawing.scans, one.name)
+    points, marks = survey_points(
+        Surveying(
+            place=Place(Path(one.place).resolve(), base=base),
+            sources={other.name: partial(_source, Path(other.place).resolve(), base) for other in others},
+            scans=scans,
+            sets=tuple(drawing.sets),
+            settings=drawing.settings,
+            batch_size=runtime.batch_size,
+            threads=max(1, (os.cpu_count() or 1) // runtime.actors),
+            judging=runtime.judging,
+        ),
+        how,
+        state_dir=drawing.out / STATE / _identity([one, *others], runtime),
+        progress=_teller(one.name),
+    )
+    result = landscape_result(
+        model=one.name,
+        scans=scans,
+        points=points,
+        sets=drawing.sets,
+        marks=marks,
+        confidence=drawing.settings.confidence,
+    )
+    (drawing.out / one.name).mkdir(parents=True, exist_ok=True)
+    write_points(drawing.out / one.name / POINTS, points)
+    write_atomic(drawing.out / one.name / RESULT, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _checkpoint(path: Path, base: Path | None) -> Checkpoint:
+    from components.checkpoints.reference import open_checkpoint
+
+    # Whoever gives a base says that adapters are over it, whatever name they have for it.
+    return open_checkpoint(path, base=base, base_declared_equal=True)
+
+
+def _source(path: Path, base: Path | None) -> TensorSource:
+    """A model's weights, in whichever process asks."""
+    return _checkpoint(path, base).source
+
+
+def _identity(models: Sequence[Named], runtime: Runtime) -> str:
+    """What tells that a place holds another model now."""
+    found = [[one.name, identity_of(one, runtime)] for one in models]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:20]
+
+
+def _teller(name: str) -> Callable[[Mapping[str, Any]], None]:
+    """Progress on stderr: in place in a terminal, else a line now and then."""
+    told_at = time.monotonic()
+
+    def tell(told: Mapping[str, Any]) -> None:
+        nonlocal told_at
+        line, whole = f"{name}: {told['done']}/{told['total']} points", told["done"] == told["total"]
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if whole else ""))
+            sys.stderr.flush()
+        elif whole or time.monotonic() - told_at > _TELL_SECONDS:
+            told_at = time.monotonic()
+            sys.stderr.write(f"{line}\n")
+
+    return tell
