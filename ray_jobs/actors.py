@@ -48,6 +48,40 @@ def loaded(place: Place, device: str, dtype: str, batch_size: int) -> Answerer:
     return InProcess(*model, batch_size=batch_size)
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What an actor is given, and where in it the model goes."""
+
+    cpus: int
+    gpus: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPUs" + (f" and {self.gpus} GPUs" if self.gpus else "")
+
+
+def resources_of(execution: EvaluationExecution, threads: int) -> Resources:
+    """What each actor needs. Ray must be up."""
+    import ray
+
+    gpus = execution.devices if execution.device == "cuda" else 0
+    # Threads beyond a node's CPUs share them, as those of other stages do.
+    most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=threads)
+    return Resources(min(threads, most or threads), gpus, "auto" if gpus > 1 else execution.device)
+
+
+def no_room(patience_s: float, needs: Resources) -> EvaluationError:
+    """That actors were waited for long enough."""
+    import ray
+
+    there = ray.cluster_resources()
+    has = ", ".join(f"{there.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+    return EvaluationError(
+        f"no actor could be placed and loaded within {patience_s:g} s; each needs {needs}, the cluster has {has}; ask for "
+        "less (execution.evaluation) or give it more"
+    )
+
+
 class _Holder:
     """What an actor is: the model, once."""
 
@@ -99,15 +133,9 @@ class Actors:
     ) -> None:
         import ray
 
-        gpus = execution.devices if execution.device == "cuda" else 0
-        device = "auto" if gpus > 1 else execution.device
-        # Threads beyond a node's CPUs share them, as those of other stages do.
-        cpus = min(
-            threads, max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=threads) or threads
-        )
-        self._made = ray.remote(_Holder).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0)
-        self._needs = f"{cpus} CPUs" + (f" and {gpus} GPUs" if gpus else "")
-        self._given = (place, device, dtype, batch_size, threads)
+        self._needs = needs = resources_of(execution, threads)
+        self._made = ray.remote(_Holder).options(num_cpus=needs.cpus, num_gpus=needs.gpus, max_restarts=0)
+        self._given = (place, needs.device, dtype, batch_size, threads)
         self._execution, self._batch_size = execution, batch_size
         self._losses = 0
         self._waiting_since = time.monotonic()
@@ -213,10 +241,7 @@ class Actors:
         if at_work or self._idle or (came and came[0] in self._coming):
             self._waiting_since = time.monotonic()
         elif time.monotonic() - self._waiting_since > self._execution.patience_s:
-            raise EvaluationError(
-                f"no actor could be placed and loaded within {self._execution.patience_s:g} s; each needs {self._needs}, the "
-                f"cluster has {_has(ray.cluster_resources())}; ask for less (execution.evaluation) or give it more"
-            )
+            raise no_room(self._execution.patience_s, self._needs)
         if not came:
             return None
         [first] = came
@@ -261,7 +286,3 @@ class Actors:
 
 
 _LOST = object()
-
-
-def _has(resources: dict[str, float]) -> str:
-    return ", ".join(f"{resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))

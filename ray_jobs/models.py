@@ -13,10 +13,13 @@ from ray_jobs.stage import StageContext
 MERGE_FILE = "merge.json"
 
 
-def checkpoint(context: StageContext, role: str) -> Checkpoint:
+def checkpoint(context: StageContext, role: str, *, whole: bool = False) -> Checkpoint:
     """Open the model that the spec places under `role`: a root, whose identity was checked by the `load` stage, or a merge of
-    several as the `merge` stage described it."""
+    several as the `merge` stage described it. `whole`: the weights that an adapter makes of its base, also where the run works
+    on its factors."""
     place: dict[str, Any] = context.spec.execution["checkpoints"][role]
+    if whole:
+        place = {**place, "factors": False}
     if "members" not in place:
         return _open(place)
     directory = context.parent_dir(role)

@@ -36,6 +36,7 @@ VERSIONS: dict[str, int] = {
     "fuse": 1,
     "export_adapter": 1,
     "evaluate": 1,
+    "landscape": 1,
 }
 """stage -> version, part of every fingerprint. `ray_jobs.<stage>.run` is the stage's function. Raise the version when the
 stage's code changes; a test holds this against the code."""

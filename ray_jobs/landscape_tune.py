@@ -1,0 +1,215 @@
+"""Points of a landscape as Ray Tune's trials: one Tuner for a whole survey, whose trials come from the survey as it goes on.
+
+An actor loads the model once and measures one point after the other (`reuse_actors`). How ray 2.60 goes about it decides some
+of what is here: what a searcher raises becomes a trial's failure, so it is kept and raised between two steps; a lost actor's
+trial may end in two ways, so its point is another trial's and Tune's own retries stay off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from components.evaluation.execution import EvaluationExecution
+from ray_jobs.actors import Resources, no_room, resources_of
+from ray_jobs.landscape_trials import Course, KeepGoing, Surveying, Task
+
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # three files a trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the command, as elsewhere
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # what must survive stands in the survey's own files
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "1e9",
+    "RAY_AIR_NEW_OUTPUT": "0",  # prints a table whatever is asked for
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # models may have relative paths
+}
+_LOOK_SECONDS = 1.0
+"""How often `keep_going` is called."""
+
+
+class Measuring(tune.Trainable):  # type: ignore[misc]
+    """An actor: the model, once. A trial is one step, one point."""
+
+    def setup(self, config: dict[str, Any], surveying: Surveying, device: str) -> None:
+        """Raises nothing: an actor that fails while it is made looks like a lost one, and the model would be loaded again."""
+        import torch
+
+        torch.set_num_threads(surveying.threads)
+        torch.use_deterministic_algorithms(device == "cpu")
+        self._failure: Exception | None = None
+        try:
+            self._surveyor = surveying.surveyor(device)
+        except Exception as error:  # noqa: BLE001 - raised by the driver
+            self._failure = _portable(error)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        return True
+
+    def step(self) -> dict[str, Any]:
+        if self._failure is not None:
+            return {"done": True, "failure": self._failure}
+        try:
+            return {"done": True, "found": [self.config["task"].do(self._surveyor)]}
+        except Exception as error:  # noqa: BLE001 - raised by the driver
+            return {"done": True, "failure": _portable(error)}
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as it is, with the trace of the process that it happened in; another one where it does not travel."""
+    trace = traceback.format_exc()
+    error.add_note(trace)
+    try:
+        ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
+    except Exception:  # noqa: BLE001 - whatever its pickling raises
+        return RuntimeError(trace)
+    return error
+
+
+class _Search(Searcher):  # type: ignore[misc]
+    """Suggests the survey's points and tells it what was found."""
+
+    def __init__(self, course: Course, max_losses: int) -> None:
+        super().__init__()
+        self._course, self._left = course, max_losses
+        self._under_way: dict[str, Task] = {}
+        self.failure: BaseException | None = None
+        """What ends the survey."""
+        self.lost: set[str] = set()
+        """Trials whose actor was lost, beyond those allowed."""
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._course.survey.finished:
+            return self.FINISHED
+        task = self._course.next()
+        if task is None:
+            return None
+        self._under_way[trial_id] = task
+        return {"task": task}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        task = self._under_way.pop(trial_id)
+        try:
+            if error or result is None:
+                self._course.again(task)
+                self._left -= 1
+                if self._left < 0:
+                    self.lost.add(trial_id)
+            elif "failure" in result:
+                self.failure = result["failure"]
+            else:
+                self._course.told(result["found"][0])
+        except Exception as failure:  # noqa: BLE001 - Tune would take it for the trial's
+            self.failure = failure
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """The survey keeps its own files."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it for a restart of its own
+
+
+class _Keeping(FIFOScheduler):  # type: ignore[misc]
+    """Between two rounds of a refined scan actors have nothing to do; Tune would keep one of them and end the others, which
+    would have to load the model again."""
+
+    def __init__(self, actors: int) -> None:
+        super().__init__()
+        self._actors = actors
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        if self._actors:
+            tune_controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory, self._actors)
+            self._actors = 0
+
+
+class _Watch(tune.Callback):  # type: ignore[misc]
+    """Ends Tune between two steps for what the survey, a lease or an actor that finds no room says."""
+
+    def __init__(self, search: _Search, keep_going: KeepGoing, patience_s: float, needs: Resources) -> None:
+        self._search, self._keep_going, self._patience_s, self._needs = search, keep_going, patience_s, needs
+        self._looked = self._waiting_since = time.monotonic()
+        self._running: set[str] = set()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running.add(trial.trial_id)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running.discard(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running.discard(trial.trial_id)
+        if trial.trial_id in self._search.lost:
+            self._search.failure = trial.get_pickled_error()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._search.failure is not None:
+            raise self._search.failure
+        now = time.monotonic()
+        if self._running:
+            self._waiting_since = now
+        elif now - self._waiting_since > self._patience_s:
+            raise no_room(self._patience_s, self._needs)
+        if now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            self._keep_going()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def tune_survey(course: Course, surveying: Surveying, execution: EvaluationExecution, keep_going: KeepGoing) -> None:
+    """Bring a survey to its end on actors. Raises what `survey_points` says."""
+    needs = resources_of(execution, surveying.threads)
+    trainable = tune.with_parameters(Measuring, surveying=surveying, device=needs.device)
+    search = _Search(course, execution.max_losses)
+    with _quiet(), tempfile.TemporaryDirectory(prefix="tune-", dir=course.state_dir) as storage:
+        tune.Tuner(
+            tune.with_resources(trainable, {"cpu": needs.cpus, "gpu": needs.gpus}),
+            tune_config=tune.TuneConfig(
+                num_samples=-1,
+                search_alg=search,
+                scheduler=_Keeping(execution.actors),
+                max_concurrent_trials=execution.actors,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="survey",
+                storage_path=str(Path(storage).resolve()),
+                callbacks=[_Watch(search, keep_going, execution.patience_s, needs)],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        ).fit()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tune with its settings, and without what it prints, which the survey says itself."""
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    os.environ.update(_ENVIRONMENT)
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
