@@ -78,11 +78,12 @@ def landscape_command(
     with _processes(how):
         results = {one.name: _drawn(one, drawing, how) for one in drawing.drawn}
     from components.reporting.landscape_page import write_pictures
+
     from pipelines.landscape_text import told_lines
 
-    page = write_pictures(out, results, title=", ".join(results))
+    pictures = write_pictures(out, results, title=", ".join(results))
     paths = [str(out / name / RESULT) for name in results]
-    sys.stdout.write("\n".join([*told_lines(results), *paths, str(page)]) + "\n")
+    sys.stdout.write("\n".join([*told_lines(results), *paths, *map(str, pictures)]) + "\n")
     shutil.rmtree(out / STATE, ignore_errors=True)  # of an interrupted run alone: a place may hold another model later
 
 

@@ -90,17 +90,17 @@ def _write_page(run: RunState, entry: FinetuneSummary, aligned: Record | None, r
 
     out = run.workspace.root / "figures" / f"landscape-{entry['name']}"
     centred = [one for one in (aligned, records.get("between")) if one is not None]
-    shown: dict[str, Sequence[Record]] = {
-        "aligned": centred,
-        "before": [records["before"]] if "before" in records else [],
-        entry.get("selected") or "realigned": [records["realigned"]] if "realigned" in records else [],
-    }
+    finetune, realigned = ([records[key]] if key in records else [] for key in ("before", "realigned"))
+    # Under the names that axes and marks have for them.
+    shown = {"aligned": centred, "finetune": finetune, "realigned": realigned}
     results = {
         name: _together([read_result(run.result_dir(r) / RESULT) for r in some]) for name, some in shown.items() if some
     }
+    written = write_pictures(out, results, title=f"{run.config.name}, {entry['name']}")
     with storage_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        return write_pictures(out, results, title=f"{run.config.name}, {entry['name']}")
+        for path in set(out.iterdir()) - set(written):  # of a scan that is not drawn any more
+            path.unlink()
+    return written[-1]
 
 
 def _together(results: Sequence[LandscapeResult]) -> LandscapeResult:
