@@ -205,10 +205,8 @@ def _landscape(node: Node, config: RunConfig, roots: Roots) -> Parts:
     assert section is not None
     semantics, execution = _sets(sets_asked(node, config), roots)
     evaluation, judging = _evaluation(config, roots)
-    drawn = {
-        "scans": [scan.model_dump(mode="json") for scan in section.scans_of(node.step.variant)],
-        "limit": section.limit,
-    }
+    scans = [scan.model_dump(mode="json") for scan in section.scans_of(node.step.variant)]
+    drawn = {"scans": scans, "sets": [one["name"] for one in semantics["sets"]], "limit": section.limit}
     semantics |= {"landscape": drawn, "variant": node.step.variant}
     if node.step.variant in ("between", "realigned"):
         semantics |= {"select": config.fusion.select, "max_asr": config.fusion.max_asr}

@@ -73,13 +73,17 @@ def _notes(run: RunState, name: str) -> list[str]:
     lent = [f"the mask was trained on {owner}"] if owner != name else []
     whole = any(f.name == name and not f.is_adapter for f in run.config.finetunes)
     lent += ["came as a full model, so it leaves as one: no adapter"] if run.config.fusion.adapter and whole else []
-    missing = [f"{_extra(what)} is missing: {s.complaint}" for what, s in run.failed_controls(name).items()]
+    missing = [f"{_extra(run, what)} is missing: {s.complaint}" for what, s in run.failed_controls(name).items()]
     return list(dict.fromkeys([*(note for record in records for note in record.notes), *lent, *missing]))
 
 
-def _extra(what: str) -> str:
-    others = {"adapter": "the adapter", "landscape": "a landscape", "unaligned": "what needs the unaligned model"}
-    return others.get(what, f"control {what}")
+def _extra(run: RunState, what: str) -> str:
+    """How the extra is called that a step is `needs` of."""
+    if what != "unaligned":
+        return {"adapter": "the adapter", "landscape": "a landscape"}.get(what, f"control {what}")
+    control = "resta" in run.config.fusion.controls
+    drawn = run.config.landscape is not None and "unaligned" in run.config.landscape.models
+    return " and ".join([*(["control resta"] if control else []), *(["a landscape"] if drawn else [])])
 
 
 def _add_adapter(run: RunState, entry: FinetuneSummary, measured: Record | None) -> None:
@@ -170,7 +174,7 @@ def failures(run: RunState) -> list[str]:
             causes.setdefault(f" failed at {failure.complaint}", []).append(name)
             told.add(failure.node.id)
         for control, state in run.failed_controls(name).items():
-            causes.setdefault(f": {_extra(control)} is missing: {state.complaint}", []).append(name)
+            causes.setdefault(f": {_extra(run, control)} is missing: {state.complaint}", []).append(name)
             told.add(state.node.id)
     others = [s for s in run.nodes.values() if s.node.finetune is None and s.error and s.node.id not in told]
     return [f"{', '.join(names)}{cause}" for cause, names in causes.items()] + [s.complaint for s in others]

@@ -100,12 +100,14 @@ class _Shown:
 
 
 def _cell(shown: _Shown, column: Column) -> Interval | None:
-    """The interval a column shows of a model, or None where it was not measured."""
-    if column.metric == VISAGE:
-        return shown.visage
+    return shown.visage if column.metric == VISAGE else cell(shown.rates, column)
+
+
+def cell(rates: Rates, column: Column) -> Interval | None:
+    """The interval a column shows of a model's rates, or None where it was not measured."""
     if column.set is not None:
-        return shown.rates.get("sets", {}).get(column.set, {}).get(column.metric)
-    return shown.rates.get(column.metric)  # type: ignore[return-value]
+        return rates.get("sets", {}).get(column.set, {}).get(column.metric)
+    return rates.get(column.metric)  # type: ignore[return-value]
 
 
 def _interval(landscape: LandscapeSummary | None) -> Interval | None:
