@@ -26,7 +26,7 @@ from components.landscape.schema import (
 )
 from components.landscape.settings import Scan
 from components.landscape.survey import Lattice, attack_sets
-from components.landscape.visage import line_numbers, plane_numbers
+from components.landscape.visage import S_MAX, line_numbers, plane_numbers
 
 SCHEMA = 1
 ATTACKS = ("asr", "harmful")
@@ -87,7 +87,7 @@ def _scan_result(
         for k, curve in enumerate(own):
             directions[k]["numbers"].setdefault(name, {})[metric] = curve.numbers()
             if scan.refine is not None and (name, metric) == (POOLED, "asr"):
-                directions[k]["error"] = fill(lattice.shape, curve.on_lattice()).error
+                directions[k]["error"] = fill(lattice.shape, curve.on_lattice(), curve.step).error
         numbers.setdefault(name, {})[metric] = _estimates(own, confidence)
     return {
         "name": scan.name,
@@ -134,9 +134,15 @@ class _Curve:
         rows = ["".join(point.hits[one].get(metric, "") for one in sets) for point in line]
         return _Curve(lattice, [point.at for point in line], np.array([[c == "1" for c in row] for row in rows], float))
 
+    @property
+    def step(self) -> float:
+        """What one prompt more makes of a rate, in percent."""
+        return S_MAX / int(self.hits.shape[1])
+
     def rates(self, weights: Array | None = None) -> Array:
         """S in percent at each place, [places]; with weights [prompts, K] of the prompts, of K replicates [places, K]."""
-        return 100 * (self.hits.mean(1) if weights is None else self.hits @ weights)
+        found: Array = self.hits.mean(1) if weights is None else self.hits @ weights
+        return S_MAX * found
 
     def on_lattice(self) -> dict[Index, float]:
         """Index -> S of the places that are on the lattice."""
@@ -151,7 +157,7 @@ class _Curve:
         """S at every place of the lattice."""
         known = self.on_lattice()
         if len(known) < np.prod(self.lattice.shape):
-            return fill(self.lattice.shape, known).values
+            return fill(self.lattice.shape, known, self.step).values
         return np.array([known[index] for index in np.ndindex(*self.lattice.shape)]).reshape(self.lattice.shape)
 
     def numbers(self) -> Numbers:
@@ -165,8 +171,7 @@ class _Curve:
         inside = [(i, index) for i, at in enumerate(self.places) if (index := self.lattice.index(at)) is not None]
         rows, indices = [i for i, _ in inside], np.array([index for _, index in inside])
         if len(rows) < np.prod(self.lattice.shape):
-            # Straight lines between what was measured: the spread over prompts is what is wanted, not the shape.
-            surfaces = interpolated(self.lattice.shape, indices, rates[rows])[1]
+            surfaces = interpolated(self.lattice.shape, indices, rates[rows])[0]
         else:
             surfaces = np.empty((*self.lattice.shape, _REPLICATES))
             surfaces[tuple(indices.T)] = rates[rows]

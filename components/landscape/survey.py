@@ -13,6 +13,7 @@ from components.evaluation.outcomes import NamedSet
 from components.landscape.points import Ask, Point, Where
 from components.landscape.refine import Index, first_places, next_places
 from components.landscape.settings import Scan
+from components.landscape.visage import S_MAX
 
 FINER = 10
 """On a line VISAGE is known from a refined scan as from so many times the intervals of the full grid."""
@@ -79,13 +80,15 @@ class _Line:
     def _begin(self, places: Sequence[Where]) -> None:
         self.round, self.waiting = set(places), deque(places)
 
-    def advance(self, rates: dict[Where, float]) -> None:
-        """Go on as far as the known rates allow."""
+    def advance(self, rates: dict[Where, float], step: float) -> None:
+        """Go on as far as the known rates allow. `step`: what one prompt more makes of a rate."""
         while self.round and all(place in rates for place in self.round):
             found = {self.lattice.index(place): rates[place] for place in self.round}
             self.known |= {index: rate for index, rate in found.items() if index is not None}
             further = (
-                next_places(self.lattice.shape, self.known, self.scan.refine) if self.scan.refine is not None else []
+                next_places(self.lattice.shape, self.known, self.scan.refine, step)
+                if self.scan.refine is not None
+                else []
             )
             self._begin([self.lattice.place(index) for index in further])
 
@@ -107,7 +110,7 @@ class Survey:
             self._points[point.ask] = point
         self._rates = {key: self._rates_of(key) for key in self._lines}
         for key, line in self._lines.items():
-            line.advance(self._rates[key])
+            line.advance(self._rates[key], self._step(known[0]) if known else S_MAX)
 
     def next(self) -> Ask | None:
         """A point that is not known yet; None where there is none now, be it that all are or that others must come first."""
@@ -127,7 +130,7 @@ class Survey:
         key = (point.scan, point.direction)
         self._points[point.ask] = point
         self._rates[key][point.at] = self._rate(point)
-        self._lines[key].advance(self._rates[key])
+        self._lines[key].advance(self._rates[key], self._step(point))
 
     @property
     def finished(self) -> bool:
@@ -161,4 +164,7 @@ class Survey:
         return {ask.at: self._rate(p) for ask, p in self._points.items() if (ask.scan, ask.direction) == key}
 
     def _rate(self, point: Point) -> float:
-        return 100 * point.pooled(self._attacked, "asr")
+        return S_MAX * point.pooled(self._attacked, "asr")
+
+    def _step(self, point: Point) -> float:
+        return S_MAX / sum(len(point.hits[one]["asr"]) for one in self._attacked)
