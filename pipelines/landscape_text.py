@@ -48,9 +48,8 @@ def _notes(name: str, scan: ScanResult) -> list[str]:
         near = [mark for mark in one["marks"] if mark["off"] < _OFF]
         for mark in near:
             at = ", ".join(f"{x:.2f}" for x in mark["at"])
-            lines.append(
-                f"{name}, {scan['name']}: {mark['name']} lies at {at}, {mark['off']:.2f} of its distance beside"
-            )
+            place = f"{mark['name']} lies at {at} (off by {mark['off']:.2f} of its distance)"
+            lines.append(f"{name}, {scan['name']}: {place}")
         broken = sum(not point["finite"] for point in one["points"])
         if broken:
             lines.append(
