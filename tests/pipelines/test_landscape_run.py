@@ -129,7 +129,8 @@ def test_it_is_shown_and_tracked(finished: Finished) -> None:
     assert page.suffix == ".html"
     visage = entry["landscape"]["realigned"]["visage"]["value"]
     told = finished.process.stdout
-    assert "VISAGE" in told.splitlines()[1] + told.splitlines()[2]
+    header = next(line for line in told.splitlines() if line.lstrip().startswith("finetune"))
+    assert header.split()[-2:] == ["VISAGE", "kept"]
     [line] = [line for line in told.splitlines() if line.startswith("landscape, zh: aligned VISAGE ")]
     assert f"; {entry['selected']} VISAGE {visage:.1f}, basin " in line
     assert line.endswith(str(page))
