@@ -47,6 +47,12 @@ def test_any_slice_is_the_whole() -> None:
         assert torch.equal(gaussian(seed=3, stream=1, name="layer.weight", start=start, stop=stop), whole[start:stop])
 
 
+@pytest.mark.gpu
+def test_a_gpu_makes_the_same_bits() -> None:
+    here, there = (gaussian(seed=3, stream=0, name="w", start=77, stop=400_001, device=d) for d in ("cpu", "cuda"))
+    assert torch.equal(here, there.cpu())
+
+
 def test_fp64_holds_the_same_integers() -> None:
     out, room = torch.empty(9_999, dtype=torch.float64), torch.empty(9_999, dtype=torch.int32)
     found = gaussian_into(out, room, seed=1, stream=0, name="w", start=123)

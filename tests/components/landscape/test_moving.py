@@ -166,6 +166,29 @@ def test_weights_that_overflow_are_told_of() -> None:
         assert pristine.move(plane, (0.0,))
 
 
+def test_a_parameter_that_is_a_transposed_view_is_moved() -> None:
+    model = llama(0)
+    model.lm_head.weight.data = model.lm_head.weight.detach().T.contiguous().T
+    assert not model.lm_head.weight.is_contiguous()
+    origin, pristine = weights(model), Pristine(model)
+    pristine.move(Plane(pristine, [random()]), (0.2,))
+    whole = dense(origin, [random()])[0]
+    assert_weights(model, {n: rounded(w + 0.2 * whole[n], torch.float32) for n, w in origin.items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axes", ["layer, layer", "filter", "towards, filter", "layer, towards"])
+def test_a_gpu_sets_the_weights_that_a_cpu_sets(axes: str) -> None:
+    """Products and sums are rounded one by one in fp64, and sums of squares differ in their last bits only."""
+    here = perturbed(llama(0, **BIG), 9, 0.02)
+    there = copy.deepcopy(here).cuda()
+    at = (0.4, -0.3)[: len(AXES[axes](here))]
+    for model in (here, there):
+        pristine = Pristine(model)
+        assert pristine.move(Plane(pristine, AXES[axes](copy.deepcopy(here))), at)
+    assert_weights(there.cpu(), {n: p.detach() for n, p in here.named_parameters()})
+
+
 def test_what_cannot_be_moved_is_refused() -> None:
     with torch.device("meta"):
         empty = llama(0)

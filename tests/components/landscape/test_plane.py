@@ -12,7 +12,7 @@ from components.landscape.moving import Pristine
 from components.landscape.plane import Plane
 from components.landscape.vectors import Direction, RandomDirection, TowardsDirection
 from tests.components.checkpoints.tiny import MemorySource, llama, perturbed
-from tests.components.landscape.support import source, weights
+from tests.components.landscape.support import noise, source, weights
 
 
 def axes_of(model: Any, directions: list[Direction]) -> list[dict[str, np.ndarray[Any, Any]]]:
@@ -67,6 +67,24 @@ def test_random_axes_are_as_long_as_tensors_or_rows() -> None:
         assert 0.8 < cosine(layer[name], rows[name]) < 0.9999  # the same noise
         uneven += int(not np.allclose(np.linalg.norm(layer[name], axis=1), np.linalg.norm(w, axis=1), rtol=0.05))
     assert uneven
+
+
+@pytest.mark.parametrize("norm", ["layer", "filter"])
+def test_squares_of_noise_are_exact_integers(norm: Any) -> None:
+    """Whatever the order: against Python's integers. A row of 150,000 lies in several blocks."""
+    model = torch.nn.Module()
+    for name, shape in {"long": (3, 150_000), "short": (1_000, 77), "flat": (300_001,)}.items():
+        model.register_parameter(name, torch.nn.Parameter(torch.ones(shape)))
+    plane = Plane(Pristine(model), [RandomDirection(8, 0, norm), RandomDirection(8, 1, norm)])  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        rows = parameter.shape[0] if norm == "filter" and parameter.ndim > 1 else 1
+        one, two = (noise(8, stream, name, parameter.numel()).reshape(rows, -1).tolist() for stream in (0, 1))
+        found = plane._tensors[name].squares
+        assert found[1, 1] == [sum(x * x for x in row) for row in one]
+        assert found[1, 2] == [sum(x * y for x, y in zip(a, b, strict=True)) for a, b in zip(one, two, strict=True)]
+        assert found[2, 2] == [sum(y * y for y in row) for row in two]
+        assert found[0, 0] == [parameter.numel() / rows] * rows
+        assert max(found[1, 1]) > 2**53 or name == "short"
 
 
 def test_one_seed_gives_two_axes_that_were_nearly_orthogonal_before() -> None:
