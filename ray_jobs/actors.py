@@ -12,13 +12,16 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from components.errors import EvaluationError, RealignError
 from components.evaluation.answers import Answer, Answerer
 from components.evaluation.conversations import Prompt
 from components.evaluation.execution import EvaluationExecution
 from components.evaluation.settings import EvaluationSettings
+
+if TYPE_CHECKING:
+    from components.evaluation.generate import InProcess
 
 T = TypeVar("T")
 _LOOK_SECONDS = 1.0
@@ -37,7 +40,7 @@ class Place:
     tokenizer_dir: Path | None = None
 
 
-def loaded(place: Place, device: str, dtype: str, batch_size: int) -> Answerer:
+def loaded(place: Place, device: str, dtype: str, batch_size: int) -> InProcess:
     """The model at a place, in this process. Raises CheckpointError, EvaluationError for a device that is not there."""
     import torch
 
@@ -79,6 +82,19 @@ def no_room(patience_s: float, needs: Resources) -> EvaluationError:
     return EvaluationError(
         f"no actor could be placed and loaded within {patience_s:g} s; each needs {needs}, the cluster has {has}; ask for "
         "less (execution.evaluation) or give it more"
+    )
+
+
+def lost_errors() -> tuple[type[Exception], ...]:
+    """What Ray raises of an actor that is gone: also one that it ended for its memory, or whose node went."""
+    from ray import exceptions
+
+    return (
+        exceptions.RayActorError,
+        exceptions.OutOfMemoryError,
+        exceptions.NodeDiedError,
+        exceptions.WorkerCrashedError,
+        exceptions.ObjectLostError,
     )
 
 
@@ -264,17 +280,9 @@ class Actors:
         import ray
         from ray import exceptions
 
-        # An actor that Ray ends for its memory, or whose node goes, is lost like one that dies.
-        lost = (
-            exceptions.RayActorError,
-            exceptions.OutOfMemoryError,
-            exceptions.NodeDiedError,
-            exceptions.WorkerCrashedError,
-            exceptions.ObjectLostError,
-        )
         try:
             return ray.get(reference)
-        except lost:
+        except lost_errors():
             self._losses += 1
             if self._losses > self._execution.max_losses:
                 raise

@@ -9,7 +9,6 @@ from typing import Any
 
 from components.checkpoints.reference import Checkpoint, open_checkpoint
 from components.checkpoints.source import TensorSource
-from components.errors import EvaluationError
 from components.evaluation.choose import choose_form
 from components.evaluation.execution import EvaluationExecution
 from components.evaluation.judges.settings import JudgeExecution
@@ -58,20 +57,14 @@ def run(context: StageContext) -> Outcome:
 
 
 def _surveying(context: StageContext, settings: LandscapeSettings) -> tuple[str, Surveying]:
-    """(The drawn model's name, what measures it). Raises EvaluationError for an axis that leads to no model of this stage."""
-    execution, variant = context.spec.execution, context.spec.semantics["variant"]
-    own, roles = _MODELS[variant], _roles(context)
-    others = {name: role for name, role in roles.items() if name != own}
-    unknown = [name for name in settings.models if name not in others]
-    if unknown:
-        raise EvaluationError(
-            f"landscape: no axis leads from {own} to {', '.join(unknown)}; there are {', '.join(others) or 'no other models'}"
-        )
+    """(The drawn model's name, what measures it)."""
+    execution, roles = context.spec.execution, _roles(context)
+    own = _MODELS[context.spec.semantics["variant"]]
     model = _opened(context, roles[own])
     plain = context.to_plain()
     return own, Surveying(
         place=Place(model.path, base=model.base.path if model.base else None, tokenizer_dir=model.tokenizer_dir),
-        sources={name: functools.partial(_source, plain, role) for name, role in others.items()},
+        sources={name: functools.partial(_source, plain, role) for name, role in roles.items() if name != own},
         scans=settings.scans,
         sets=shortened(prompt_sets(context), settings.limit),
         settings=evaluation_settings(context),

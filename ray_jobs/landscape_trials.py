@@ -47,9 +47,13 @@ class Surveying:
     judging: JudgeExecution = field(default_factory=JudgeExecution)
 
     def surveyor(self, device: str) -> Surveyor:
-        """The model, loaded. Raises CheckpointError, EvaluationError."""
+        """The model, loaded; this process computes as every other one does. Raises CheckpointError, EvaluationError."""
+        import torch
+
         from components.landscape.measuring import Surveyor
 
+        torch.set_num_threads(self.threads)
+        torch.use_deterministic_algorithms(device == "cpu")
         model = loaded(self.place, device, self.settings.dtype, self.batch_size)
         return Surveyor(
             model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
+import shutil
 import time
 import traceback
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from components.evaluation.execution import EvaluationExecution
-from ray_jobs.actors import Resources, no_room, resources_of
+from ray_jobs.actors import Resources, lost_errors, no_room, resources_of
 from ray_jobs.landscape_trials import Course, KeepGoing, Surveying, Task
 
 _ENVIRONMENT = {
@@ -44,10 +44,6 @@ class Measuring(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any], surveying: Surveying, device: str) -> None:
         """Raises nothing: an actor that fails while it is made looks like a lost one, and the model would be loaded again."""
-        import torch
-
-        torch.set_num_threads(surveying.threads)
-        torch.use_deterministic_algorithms(device == "cpu")
         self._failure: Exception | None = None
         try:
             self._surveyor = surveying.surveyor(device)
@@ -103,8 +99,7 @@ class _Search(Searcher):  # type: ignore[misc]
         try:
             if error or result is None:
                 self._course.again(task)
-                self._left -= 1
-                if self._left < 0:
+                if not self.lose():
                     self.lost.add(trial_id)
             elif "failure" in result:
                 self.failure = result["failure"]
@@ -112,6 +107,17 @@ class _Search(Searcher):  # type: ignore[misc]
                 self._course.told(result["found"][0])
         except Exception as failure:  # noqa: BLE001 - Tune would take it for the trial's
             self.failure = failure
+
+    def lose(self) -> bool:
+        """Count an actor as lost; whether that is allowed."""
+        self._left -= 1
+        return self._left >= 0
+
+    def put_back(self) -> None:
+        """All that is under way, for another Tuner."""
+        for task in self._under_way.values():
+            self._course.again(task)
+        self._under_way = {}
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """The survey keeps its own files."""
@@ -152,7 +158,7 @@ class _Watch(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running.discard(trial.trial_id)
         if trial.trial_id in self._search.lost:
-            self._search.failure = trial.get_pickled_error()
+            self._search.failure = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._search.failure is not None:
@@ -172,28 +178,53 @@ class _Watch(tune.Callback):  # type: ignore[misc]
 
 def tune_survey(course: Course, surveying: Surveying, execution: EvaluationExecution, keep_going: KeepGoing) -> None:
     """Bring a survey to its end on actors. Raises what `survey_points` says."""
+    search = _Search(course, execution.max_losses)
+    with _quiet(), _storage(course.state_dir / "tune") as storage:
+        while not course.survey.finished:
+            try:
+                _tuner(storage, search, surveying, execution, keep_going).fit()
+            except RuntimeError as error:
+                # An actor that Ray ended for its memory is none of the losses that Tune knows, and ends the Tuner.
+                if not isinstance(error.__cause__, lost_errors()):
+                    raise
+                if not search.lose():
+                    raise error.__cause__ from error
+                search.put_back()
+
+
+def _tuner(
+    storage: Path, search: _Search, surveying: Surveying, execution: EvaluationExecution, keep_going: KeepGoing
+) -> tune.Tuner:
     needs = resources_of(execution, surveying.threads)
     trainable = tune.with_parameters(Measuring, surveying=surveying, device=needs.device)
-    search = _Search(course, execution.max_losses)
-    with _quiet(), tempfile.TemporaryDirectory(prefix="tune-", dir=course.state_dir) as storage:
-        tune.Tuner(
-            tune.with_resources(trainable, {"cpu": needs.cpus, "gpu": needs.gpus}),
-            tune_config=tune.TuneConfig(
-                num_samples=-1,
-                search_alg=search,
-                scheduler=_Keeping(execution.actors),
-                max_concurrent_trials=execution.actors,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name="survey",
-                storage_path=str(Path(storage).resolve()),
-                callbacks=[_Watch(search, keep_going, execution.patience_s, needs)],
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                verbose=0,
-            ),
-        ).fit()
+    return tune.Tuner(
+        tune.with_resources(trainable, {"cpu": needs.cpus, "gpu": needs.gpus}),
+        tune_config=tune.TuneConfig(
+            num_samples=-1,
+            search_alg=search,
+            scheduler=_Keeping(execution.actors),
+            max_concurrent_trials=execution.actors,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="survey",
+            storage_path=str(storage),
+            callbacks=[_Watch(search, keep_going, execution.patience_s, needs)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
+
+
+@contextmanager
+def _storage(directory: Path) -> Iterator[Path]:
+    """What Tune writes is of no use later, nor is what a killed process left of it."""
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        yield directory.resolve()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager

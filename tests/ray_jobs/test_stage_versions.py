@@ -68,7 +68,7 @@ def test_a_stage_depends_on_what_it_imports_and_not_on_the_rest() -> None:
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("components/evaluation/capability/sandboxed.py", {"search_scale", "evaluate"}),
+        ("components/evaluation/capability/sandboxed.py", {"search_scale", "evaluate", "landscape"}),
         ("components/fusion/kernels.c", set(VERSIONS)),
     ],
 )

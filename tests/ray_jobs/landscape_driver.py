@@ -1,0 +1,143 @@
+"""What `test_landscape.py` runs in a process of its own: Ray reads its token when it is imported."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from components.checkpoints.reference import open_checkpoint
+from components.checkpoints.source import TensorSource
+from components.errors import RealignError
+from components.evaluation.execution import EvaluationExecution
+from components.evaluation.prompts import load_prompt_set
+from components.evaluation.settings import EvaluationSettings, SetSettings
+from components.landscape.settings import RandomAxis, Scan, TowardsAxis
+from ray_jobs.actors import Place
+from ray_jobs.landscape_trials import POINTS, Surveying, survey_points
+from ray_jobs.submit import started_ray
+
+SCANS = (
+    Scan(name="grid", axes=(RandomAxis(), TowardsAxis(model="other")), points=3),
+    Scan(name="fine", axes=(RandomAxis(seed=1),), directions=2, points=11, refine=0.02),
+)
+
+
+def weights(path: Path) -> TensorSource:
+    return open_checkpoint(path).source
+
+
+def surveying(directory: Path) -> Surveying:
+    asked = load_prompt_set(SetSettings(name="asked", kind="harmful", path=directory / "asked.jsonl"))
+    return Surveying(
+        place=Place(directory / "taught"),
+        sources={"other": functools.partial(weights, directory / "other")},
+        scans=SCANS,
+        sets=(asked,),
+        settings=EvaluationSettings(max_new_tokens=16),
+        batch_size=4,
+    )
+
+
+def holders() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Measuring")]
+
+
+def survey(directory: Path, actors: int, state: str, *, losses: int = 0, **more: Any) -> dict[str, Any]:
+    """Points without their times, and marks."""
+    execution = EvaluationExecution(actors=actors, max_losses=losses, **more.pop("execution", {}))
+    measured = survey_points(more.pop("asks", surveying(directory)), execution, state_dir=directory / state, **more)
+    return {
+        "points": [replace(point, seconds=0.0).to_json() for point in measured[0]],
+        "marks": [[*line, found] for line, found in sorted(measured[1].items())],
+    }
+
+
+class TakenOverError(Exception):
+    """What somebody who looks after a survey may raise."""
+
+
+class Watching:
+    """Is told of a survey's progress, and sees which actors there are."""
+
+    def __init__(self, at: int, do: Callable[[], Any]) -> None:
+        self.at, self.do, self.told, self.pids = at, do, 0, set[int]()
+
+    def __call__(self, now: dict[str, Any]) -> None:
+        self.told += 1
+        self.pids |= {one.pid for one in holders()}
+        if self.told == self.at:
+            self.do()
+
+
+def murder() -> None:
+    os.kill(holders()[0].pid, signal.SIGKILL)
+
+
+def left() -> int:
+    """Actors that are still there after a while."""
+    for _ in range(100):
+        if not holders():
+            break
+        time.sleep(0.1)
+    return len(holders())
+
+
+def failed(directory: Path, state: str, **more: Any) -> list[Any]:
+    """What two actors' survey ends with, and how soon."""
+    started = time.monotonic()
+    try:
+        survey(directory, 2, state, **more)
+    except (RealignError, TakenOverError) as error:
+        return [type(error).__name__, str(error), time.monotonic() - started]
+    except Exception as error:  # noqa: BLE001 - Ray's
+        return [type(error).__name__, "", time.monotonic() - started]
+    raise AssertionError("it went on")
+
+
+def see(directory: Path) -> dict[str, Any]:
+    watch, killing = Watching(0, print), Watching(3, murder)
+    seen: dict[str, Any] = {"two": survey(directory, 2, "two", progress=watch), "two pids": len(watch.pids)}
+    before = (directory / "killed" / POINTS).read_text().count("\n")
+    with (directory / "killed" / POINTS).open("a") as file:
+        file.write('{"scan": "grid", "dir')  # what a process wrote when it was killed
+    seen["resumed"] = survey(directory, 2, "killed", losses=1, progress=killing)
+    seen["resumed told"] = [before, killing.told]
+    seen["known"] = survey(directory, 2, "killed")
+    seen["too many"] = failed(directory, "too many", progress=Watching(5, murder))
+    absent = replace(surveying(directory), place=Place(directory / "absent"))
+    seen["absent"] = failed(directory, "no model", asks=absent)
+    long = replace(surveying(directory), settings=EvaluationSettings(max_new_tokens=4000))
+    seen["long"] = failed(directory, "long", asks=long)
+
+    def gone() -> None:
+        raise TakenOverError("taken over")
+
+    seen["gone"] = failed(directory, "gone", keep_going=gone)
+    seen["no room"] = failed(directory, "no room", execution={"device": "cuda", "patience_s": 3})
+    seen["left"] = left()
+    seen["storage"] = sorted(p.name for p in directory.glob("*/tune*"))
+    return seen
+
+
+def main() -> None:
+    directory, what = Path(sys.argv[1]), sys.argv[2]
+    with started_ray(2):
+        if what == "die":
+            survey(
+                directory, 2, "killed", progress=Watching(7, functools.partial(os.kill, os.getpid(), signal.SIGKILL))
+            )
+        print(json.dumps(see(directory)))
+
+
+if __name__ == "__main__":
+    main()
