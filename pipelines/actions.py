@@ -16,7 +16,7 @@ from components.tracked import Point, TrackedRun, rate_metrics, read_series
 from components.tracking import CHAMPION, EVALUATION_TAG, GATE_TAG, Tracker
 from pipelines.driver import RunState
 from pipelines.gate import InService, registered_name
-from pipelines.landscapes import STEPS, landscape_metrics
+from pipelines.landscapes import STEPS, landscape_metrics, pictures_of
 
 _VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary", "adapter": "after_adapter"}
 
@@ -156,14 +156,8 @@ def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
         metrics=metrics,
         tags=tags,
         series=series,
-        artifacts=[*([_heat_map(run, name, shares)] if shares else []), *_pictures(entry)],
+        artifacts=[*([_heat_map(run, name, shares)] if shares else []), *pictures_of(entry)],
     )
-
-
-def _pictures(entry: FinetuneSummary) -> list[Path]:
-    """A finetune's landscapes: what lies beside their page, the page first."""
-    page = entry.get("pictures")
-    return sorted(Path(page).parent.iterdir(), key=lambda path: (path.suffix != ".html", path.name)) if page else []
 
 
 def _heat_map(run: RunState, name: str, shares: dict[str, float]) -> Path:

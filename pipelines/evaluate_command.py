@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from components.errors import ConfigError, GateError, RealignError
 from components.evaluation.api import Pressing
-from components.evaluation.gates import Decision, Measured, Reference, Requirement, decide
+from components.evaluation.gates import VISAGE, Decision, Measured, Reference, Requirement, decide
 from components.evaluation.judges.panel import AGREEMENT
 from components.evaluation.judges.preference import PreferenceSettings
 from components.evaluation.outcomes import NamedSet, Outcome, rates_of
@@ -128,6 +128,10 @@ def _require_gate_fits(chosen: EvaluateConfig, gate: Sequence[Requirement], name
     """Mistakes that would shut the gate, or leave it unasked, after all is measured. Raises ConfigError that lists them."""
     roles, names = get_args(Reference), [one.name for one in named]
     problems = gate_problems(gate, chosen.evaluation)
+    if any(one.metric == VISAGE for one in gate):
+        problems.append(
+            "gate: visage is of a landscape, which `realign run` draws and this command does not; remove it"
+        )
     if all(name in roles for name in names):
         problems.append(f"{', '.join(roles)} are what a gate compares with; name the model that it is for otherwise")
     problems += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,8 +15,9 @@ from components.landscape.schema import LandscapeResult
 from components.landscape.settings import Scan
 from components.records import Record
 from components.reporting.schema import Figure, FinetuneSummary, LandscapeSummary, RunSummary
-from components.storage import storage_errors
+from components.storage import storage_errors, write_atomic
 from pipelines.driver import RunState
+from ray_jobs.stage import code_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +26,7 @@ RESULT, POINTS = "landscape.json", "points.jsonl"
 STEPS = {"before": "landscape_before", "between": "landscape_between", "realigned": "landscape"}
 """Key in the summary -> step."""
 ALIGNED = "landscape_aligned"
+_STAMP = ".made-of"
 
 
 def add_landscapes(run: RunState, summary: RunSummary) -> None:
@@ -71,6 +74,13 @@ def landscape_metrics(prefix: str, found: LandscapeSummary | None) -> dict[str, 
     return metrics
 
 
+def pictures_of(entry: FinetuneSummary) -> list[Path]:
+    """A finetune's page and pictures."""
+    if "pictures" not in entry:
+        return []
+    return sorted(path for path in Path(entry["pictures"]).parent.iterdir() if path.name != _STAMP)
+
+
 def read_result(path: Path) -> LandscapeResult:
     """A `landscape.json`."""
     return cast("LandscapeResult", json.loads(path.read_text()))
@@ -86,21 +96,28 @@ def _summary(run: RunState, record: Record) -> LandscapeSummary:
 
 
 def _write_page(run: RunState, entry: FinetuneSummary, aligned: Record | None, records: Mapping[str, Record]) -> Path:
-    from components.reporting.landscape_page import write_pictures
+    """Drawn where it does not stand there as the same code drew it of the same records."""
+    from components.reporting.landscape_page import PAGE, write_pictures
 
     out = run.workspace.root / "figures" / f"landscape-{entry['name']}"
     centred = [one for one in (aligned, records.get("between")) if one is not None]
     finetune, realigned = ([records[key]] if key in records else [] for key in ("before", "realigned"))
     # Under the names that axes and marks have for them.
     shown = {"aligned": centred, "finetune": finetune, "realigned": realigned}
+    made_of = json.dumps([code_version(), {name: [one.reference for one in some] for name, some in shown.items()}])
+    stamp = out / _STAMP
+    with storage_errors(out):
+        if stamp.is_file() and stamp.read_text() == made_of:
+            return out / PAGE
+        if out.is_dir():
+            shutil.rmtree(out)
     results = {
         name: _together([read_result(run.result_dir(r) / RESULT) for r in some]) for name, some in shown.items() if some
     }
-    written = write_pictures(out, results, title=f"{run.config.name}, {entry['name']}")
-    with storage_errors(out):
-        for path in set(out.iterdir()) - set(written):  # of a scan that is not drawn any more
-            path.unlink()
-    return written[-1]
+    write_pictures(out, results, title=f"{run.config.name}, {entry['name']}")
+    with storage_errors(stamp):
+        write_atomic(stamp, made_of)
+    return out / PAGE
 
 
 def _together(results: Sequence[LandscapeResult]) -> LandscapeResult:

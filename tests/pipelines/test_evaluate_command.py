@@ -255,8 +255,10 @@ def test_an_out_that_is_a_file_is_refused(models: Path, config: Path, tmp_path: 
 
 
 def test_a_gate_on_what_no_set_measures_is_refused(models: Path, config: Path, tmp_path: Path) -> None:
-    asked = gated(config, {"metric": "asrr", "at_most": 0.5}, {"metric": "task", "at_least": 0.5})
+    visage = {"metric": "visage", "at_least": 50}
+    asked = gated(config, {"metric": "asrr", "at_most": 0.5}, {"metric": "task", "at_least": 0.5}, visage)
     with pytest.raises(ConfigError) as caught:
         evaluate_command([f"new={models / 'taught'}"], asked, tmp_path / "out", RUNTIME)
     assert "asrr is not measured by any set that counts" in str(caught.value)
     assert "gate: task is not measured" in str(caught.value)
+    assert "gate: visage is of a landscape" in str(caught.value)

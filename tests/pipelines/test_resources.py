@@ -319,6 +319,20 @@ def test_an_exported_adapter_is_planned(tmp_path: Path) -> None:
     assert exported.host == PROCESS_HOST + exported.disk + 6 * 4 * largest
 
 
+def test_a_landscape_is_every_point_of_its_grids(tmp_path: Path) -> None:
+    plane = {"name": "plane", "axes": [{"kind": "random"}, {"kind": "random"}], "points": 4, "refine": 2}
+    landscape = {"limit": 1, "models": ["aligned"], "scans": [{"directions": 2, "points": 5}, plane]}
+    execution = {"mask": CUDA, "landscape": {"actors": 2}}
+    mask = {"settings": {"dtype": "bfloat16"}}
+    found = planned(load_config(hollow_config(tmp_path, "7b", mask=mask, execution=execution, landscape=landscape)))
+    drawn, evaluated = stage(found, "landscape_aligned"), stage(found, "evaluate_aligned")
+    parameters = PARAMETERS["7b"]
+    answered = evaluated.seconds - 2 * 4 * parameters / RATES.bytes  # the same prompt; less the loading
+    assert drawn.seconds == pytest.approx((2 * 5 + 4 * 4) * (answered + 32 * parameters / RATES.bytes) / 2)
+    assert drawn.host == 2 * (evaluated.host + 4 * parameters)  # two actors, each with the model twice
+    assert drawn.cpus == 2
+
+
 def test_every_stage_of_the_graph_is_estimated() -> None:
     assert set(NEEDS) == {step.stage for step in STEPS if step.kind == "stage"}
 
