@@ -52,7 +52,7 @@ def label(key: Key) -> str:
     """What a legend calls it."""
     name, metric = key
     said = METRIC_NAMES.get(metric, metric)
-    return said if name == POOLED else f"{said}, {name}"
+    return said if name == POOLED else f"{said} ({name})"
 
 
 def attack_keys(models: Models) -> list[Key]:
@@ -109,14 +109,20 @@ def triangles(found: Surface) -> Triangulation | None:
 
 
 def filled(found: Surface, x: Array, y: Array) -> Array | None:
-    """The surface at every place of a grid, `[len(y), len(x)]`: as measured at measured points, linear in the triangles
+    """The surface on a grid that has all measured points, `[len(y), len(x)]`: as measured there, linear in the triangles
     between them, NaN outside of all; None where the points lie on a line."""
+    grid = heights(found, *np.meshgrid(x, y))
+    if grid is not None:
+        grid[np.searchsorted(y, found.y), np.searchsorted(x, found.x)] = found.z
+    return grid
+
+
+def heights(found: Surface, x: Array, y: Array) -> Array | None:
+    """Of the surface at any places, in their shape; NaN and None as of `filled`."""
     net = triangles(found)
     if net is None:
         return None
-    grid = np.asarray(LinearTriInterpolator(net, found.z)(*np.meshgrid(x, y)).filled(np.nan), dtype=np.float64)
-    grid[np.searchsorted(y, found.y), np.searchsorted(x, found.x)] = found.z
-    return grid
+    return np.asarray(LinearTriInterpolator(net, found.z)(x, y).filled(np.nan), dtype=np.float64)
 
 
 def not_finite(scan: ScanResult) -> list[list[float]]:

@@ -19,6 +19,7 @@ from matplotlib.transforms import Bbox
 
 from components.landscape.schema import Mark, ScanResult
 from components.reporting.landscape_curves import (
+    Array,
     Key,
     Models,
     Surface,
@@ -26,6 +27,7 @@ from components.reporting.landscape_curves import (
     axis_label,
     capability_keys,
     filled,
+    heights,
     label,
     mark_label,
     marks_of,
@@ -63,6 +65,7 @@ def planes_png(models: Models, *, confidence: float, dark: bool = False) -> byte
                 _scale(made, [column[i] for column in row], key, cmap)
         made.supxlabel(interval_said(list(models.values()), confidence) + ". Dots: measured points", fontsize=8)
         made.draw_without_rendering()
+        made.set_layout_engine("none")
         for model, column in drawn.items():
             for ax in column:
                 _mark(made, ax, marks_of(models[model], model) if ax.collections else [])
@@ -85,22 +88,30 @@ def _turned(model: str, scan: ScanResult, keys: Sequence[Key]) -> dict[str, Any]
     direction = scan["directions"][0]
     points = [p["at"] for p in direction["points"]]
     x, y = (np.array(sorted({*scan["grid"][i], *(at[i] for at in points)})) for i in (0, 1))
-    marks = [m for m in marks_of(scan, model) if x[0] <= m["at"][0] <= x[-1] and y[0] <= m["at"][1] <= y[-1]]
-    heights = []
-    for key in keys:
-        found = surface(direction, key)
-        grid = filled(found, x, y) if found else None
-        heights.append(
-            None if grid is None else [[None if np.isnan(z) else round(float(z), 2) for z in row] for row in grid]
-        )
+    marks = marks_of(scan, model)
+    places = np.array([mark["at"] for mark in marks]).T
+    found = [surface(direction, key) for key in keys]
+    pins = [_plain(heights(one, *places)) if one else None for one in found]
     return {
         "name": model,
         "x": x.tolist(),
         "y": y.tolist(),
-        "z": heights,
+        "z": [_plain(filled(one, x, y)) if one else None for one in found],
         "measured": points,
-        "marks": [{"name": mark_label(mark), "at": mark["at"]} for mark in marks],
+        "marks": [
+            {"name": mark_label(mark), "at": mark["at"], "z": [pin and pin[i] for pin in pins]}
+            for i, mark in enumerate(marks)
+        ],
     }
+
+
+def _plain(values: Array | None) -> list[Any] | None:
+    """As JSON has them: hundredths, None for NaN."""
+    if values is None:
+        return None
+    plain = np.round(values, 2).astype(object)
+    plain[np.isnan(values)] = None
+    return list(plain.tolist())
 
 
 def _contours(ax: Axes, scan: ScanResult, key: Key, cmap: str) -> None:

@@ -79,7 +79,7 @@ def test_squares_of_noise_are_exact_integers(norm: Any) -> None:
     for name, parameter in model.named_parameters():
         rows = parameter.shape[0] if norm == "filter" and parameter.ndim > 1 else 1
         one, two = (noise(8, stream, name, parameter.numel()).reshape(rows, -1).tolist() for stream in (0, 1))
-        found = plane._tensors[name].squares
+        found = plane._squares(name)
         assert found[1, 1] == [sum(x * x for x in row) for row in one]
         assert found[1, 2] == [sum(x * y for x, y in zip(a, b, strict=True)) for a, b in zip(one, two, strict=True)]
         assert found[2, 2] == [sum(y * y for y in row) for row in two]

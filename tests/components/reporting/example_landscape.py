@@ -60,7 +60,8 @@ def numbers(visage: float, *, plane: bool = False) -> Numbers:
     }  # fmt: skip
 
 
-def estimate(value: float, n: int, spread: float = 4.0) -> Estimate:
+def estimate(value: float, n: int) -> Estimate:
+    spread = 0.05 * abs(value)
     return {
         "value": value, "low": value - spread if n > 1 else None, "high": value + spread if n > 1 else None,
         "prompts_low": value - spread / 2, "prompts_high": value + spread / 2, "n": n,
