@@ -182,9 +182,8 @@ class _Study:
 
     def draw(self, one: Mapping[str, Any], options: argparse.Namespace) -> None:
         """Aligned, before and after, on random lines, the way to the finetune, and a plane of both."""
-        from components.reporting.landscape_page import write_pictures
-
         from components.landscape.settings import RandomAxis, Scan, TowardsAxis
+        from components.reporting.landscape_page import write_pictures
 
         name = one["name"]
         places = {
