@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from components.landscape.figures import FIGURES, figures_of
 from components.landscape.gating import Drawn
@@ -18,9 +18,6 @@ from components.reporting.schema import Figure, FinetuneSummary, LandscapeSummar
 from components.storage import storage_errors, write_atomic
 from pipelines.driver import RunState
 from ray_jobs.stage import code_version
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 RESULT, POINTS = "landscape.json", "points.jsonl"
 STEPS = {"before": "landscape_before", "between": "landscape_between", "realigned": "landscape"}
