@@ -1,7 +1,7 @@
 """`python -m benchmarks.landscape_testbed --run WORKSPACE/summary.json --family DIR`: landscapes of the testbed's models.
 
   basin      VISAGE over random directions of the aligned model, and of every finetune before and after realignment
-  way        from the aligned model to each finetune: where the basin is left, and where the realigned model lies
+  way        from the aligned model to each finetune: where the basin is left; and to each realigned model: whether it is
   poison     finetunes whose data are harmful to 0, 1, 5, 10 and 20 %, trained so little (20 steps at a rate of 3e-4, chosen on
              dev prompts) that they differ: VISAGE, and how much of the way to each is safe
   prompt     the aligned model and a finetune with and without a system prompt
@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> int:
             "after": study.told(f"{name} after", realigned, [study.random]),
         }
         found["way"][name] = study.way(name, before, realigned)
+        found["way"][f"{name} realigned"] = study.way(f"{name} realigned", realigned)
     if options.out is not None:
         study.draw(done[0], options)
     if not options.quick:
@@ -141,9 +142,12 @@ class _Study:
         left = next((at for at, s in sorted(curve.items()) if at > 0 and s >= 50), None)
         marks = {mark["name"]: (round(mark["at"][0], 3), round(mark["off"], 3)) for mark in line["marks"]}
         shown = " ".join(f"{s:.0f}" for at, s in sorted(curve.items()) if at >= 0)
-        sys.stdout.write(f"aligned to {name}: ASR {shown}; half way out at {left}; (at, off) {marks}\n")
+        most = max(s for at, s in curve.items() if 0 <= at <= 1)
+        sys.stdout.write(
+            f"aligned to {name}: ASR {shown}; at most {most:.1f} up to it; half way out at {left}; (at, off) {marks}\n"
+        )
         sys.stdout.flush()
-        return {"left_at": left, "marks": marks, "curve": curve}
+        return {"left_at": left, "most": most, "marks": marks, "curve": curve}
 
     def poison(self) -> dict[str, Any]:
         from components.testbed.compose import _finetune

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from components.checkpoints.source import TensorSource
 from components.errors import ConfigError, EvaluationError
@@ -22,6 +23,10 @@ from components.landscape.schema import Mark
 from components.landscape.settings import Axis, RandomAxis, Scan
 from components.landscape.vectors import Direction, RandomDirection, TowardsDirection, require_same_tensors
 
+if TYPE_CHECKING:
+    from components.evaluation.capability.settings import CapabilitySettings
+    from components.evaluation.capability.tasks import LoadedTask
+
 
 class Surveyor:
     """A model that measures points: pristine weights, prompt sets, a judge, and planes that are made when first asked for.
@@ -33,6 +38,7 @@ class Surveyor:
         sets: all of one split; each is asked whole.
         settings: how answers are generated.
         judge: that of the settings.
+        tasks: of lm_eval, asked at every point too, as `capability` says.
 
     Raises CheckpointError for sources of another architecture, ConfigError for an axis that leads to none of them,
     EvaluationError without sets.
@@ -47,12 +53,15 @@ class Surveyor:
         sets: Sequence[PromptSet],
         settings: EvaluationSettings,
         judge: Judge,
+        tasks: Sequence[LoadedTask] = (),
+        capability: CapabilitySettings | None = None,
     ) -> None:
         if not sets:
             raise EvaluationError("no prompt set was given: a landscape has nothing to measure; name one in its sets")
         self._answerer, self._sets, self._settings = answerer, tuple(sets), settings
         self._scans = {scan.name: scan for scan in scans}
         self._sources, self._judge = dict(sources), _Patient(judge)
+        self._tasks, self._capability = tuple(tasks), capability
         self._planes: dict[tuple[str, int], Plane] = {}
         _require_sources(scans, sources)
         self.pristine = Pristine(answerer.model)
@@ -73,6 +82,7 @@ class Surveyor:
             self._outcomes(keep_going) if finite else {s.name: [_broken(p) for p in s.prompts] for s in self._sets}
         )
         found = {one.name: hits(one.kind, outcomes[one.name]) for one in self._sets}
+        found |= self._capabilities(finite, keep_going)
         written = {
             name: {metric: "".join("01"[hit] for hit in some) for metric, some in by_metric.items()}
             for name, by_metric in found.items()
@@ -93,6 +103,17 @@ class Surveyor:
             judge=self._judge,
             keep_going=keep_going,
         ).outcomes
+
+    def _capabilities(self, finite: bool, keep_going: Callable[[], None] | None) -> dict[str, dict[str, list[bool]]]:
+        """Task -> task -> whether each row is right."""
+        if self._capability is None or not self._tasks:
+            return {}
+        if not finite:
+            return {one.name: {"task": [False] * sum(map(one.size, one.parts))} for one in self._tasks}
+        from components.evaluation.capability.measure import measure
+
+        found = measure(self._answerer, self._tasks, settings=self._capability, keep_going=keep_going)
+        return {name: {"task": hits("task", some)["task"]} for name, some in found.outcomes.items()}
 
     def _plane(self, scan: str, direction: int) -> Plane:
         if (scan, direction) not in self._planes:
