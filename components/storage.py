@@ -208,12 +208,12 @@ def storage_errors(where: Path) -> Iterator[None]:
         raise StorageError(f"cannot write {path}: {said}; {remedy}") from e
 
 
-def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write a file whole or not at all; `durable` waits until it would survive a power cut."""
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write a file whole or not at all, text as UTF-8; `durable` waits until it would survive a power cut."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with draft.open("w") as f:
-            f.write(text)
+        with draft.open("wb") as f:
+            f.write(content if isinstance(content, bytes) else content.encode())
             if durable:
                 f.flush()
                 os.fsync(f.fileno())

@@ -11,13 +11,14 @@ from components.evaluation.conversations import Prompt
 if TYPE_CHECKING:
     from components.evaluation.settings import EvaluationSettings
 
-End = Literal["model", "limit", "decided", "failed"]
+End = Literal["model", "limit", "decided", "broken", "failed"]
 
 
 @dataclass(frozen=True)
 class Answer:
     """`text` without special tokens. `end`: the model ended it, the limit did, its verdict was known (then the text is its
-    beginning), or there is none, for the reason in `failure`. `tokens` counts what was generated, without the end token."""
+    beginning), the model's numbers were none any more (broken: the text is what it said until then, which may be nothing), or
+    there is none, for the reason in `failure`. `tokens` counts what was generated, without the end token."""
 
     text: str
     end: End

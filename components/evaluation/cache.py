@@ -50,6 +50,11 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self._all_keys, self._all_values = self._all_keys[indices], self._all_values[indices]
         self._show(length)
 
+    def clear(self, places: Sequence[int]) -> None:
+        """Forget what these rows hold: it may be NaN, and a masked NaN would still be one."""
+        if places:
+            self._all_keys[places] = self._all_values[places] = 0.0
+
     def take_in(self, other: RoomyLayer, places: Sequence[int]) -> None:
         """Put another layer's rows in place of these, their last column at the last here."""
         end, width = self.get_seq_length(), other.get_seq_length()

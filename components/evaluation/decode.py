@@ -40,6 +40,8 @@ class Row:
     open: bool = True
     index: int = 0
     """Which of the prompts it answers."""
+    broken: bool = False
+    """The model's numbers for it were none, if only after it had ended."""
 
     def close(self, end: End) -> None:
         self.open, self.end = False, end
@@ -220,7 +222,9 @@ class _Batch:
             self.rows, self._mask_BL, self._last_B, self._positions_B = rows, mask_BL, chosen_B, positions_B
             return
         places = [place for place, row in enumerate(self.rows) if not row.open][: len(rows)]
+        broken = [place for place in places if self.rows[place].broken]
         for layer, other in zip(self._cache.layers, cache.layers, strict=True):
+            layer.clear(broken)
             layer.take_in(other, places)
         for place, row in zip(places, rows, strict=True):
             self.rows[place] = row
@@ -267,6 +271,12 @@ class _Batch:
 
     def _extended(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> torch.Tensor:
         """Give every open row its next token, and close those that are over; the tokens."""
+        broken_B = ~logits_BV.amax(-1).isfinite()  # the largest is NaN where any is; infinite, it has no likelihood
+        for place in broken_B.nonzero()[:, 0].tolist():
+            rows[place].broken = True
+            if rows[place].open:
+                rows[place].close("broken")
+            logits_BV[place] = 0.0
         chosen_B = self._choose(logits_BV, rows)
         looked_at = []
         for row, token in zip(rows, chosen_B.tolist(), strict=True):

@@ -34,7 +34,7 @@ class Outcome:
     exact: bool | None
     """Whether the answer is the expected one; None where nothing was expected."""
     end: str
-    """model, limit or decided: what ended the answer; failed: there is none."""
+    """model, limit or decided: what ended the answer; broken: the model's numbers were none any more; failed: there is none."""
     tokens: int
     group: str | None = None
     """What the prompt is counted under beside its set; None in a set without groups."""

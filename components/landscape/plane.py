@@ -57,13 +57,17 @@ class _Tensor:
     """What is known of one tensor: squared lengths and products of the raw vectors, then the numbers that make the axes of
     them. All are Numbers, by row where any axis goes by rows."""
 
-    squares: dict[tuple[int, int], list[float]]
-    """(0, 0): of the weights. (i, j): raw vector i times raw vector j."""
+    squares: dict[tuple[int, int], Numbers]
+    """(0, 0): of the weights. (i, j): raw vector i times raw vector j. Of no use once the axes are made."""
     parts: list[Numbers] = field(default_factory=list)
     """a of the first axis; then p and q of the second."""
 
+    @staticmethod
+    def of(squares: dict[tuple[int, int], list[float]]) -> _Tensor:
+        return _Tensor({pair: np.array(list(map(float, by_row))) for pair, by_row in squares.items()})
+
     def product(self, i: int, j: int) -> Numbers:
-        return np.array([float(value) for value in self.squares[i, j]])
+        return self.squares[i, j]
 
 
 class Plane:
@@ -79,7 +83,7 @@ class Plane:
         for direction in directions:
             if isinstance(direction, TowardsDirection):
                 require_same_tensors(pristine, direction.source, direction.name)
-        self._tensors = {name: _Tensor(self._squares(name)) for name in pristine.names()}
+        self._tensors = {name: _Tensor.of(self._squares(name)) for name in pristine.names()}
         self._require_finite()
         self._lengths = [self._first_axis()]
         """Squared, of each axis over all tensors."""
@@ -87,10 +91,8 @@ class Plane:
         """Where a second axis that leads to a checkpoint has that checkpoint on the first."""
         if len(directions) > 1:
             self._lengths.append(self._second_axis())
-
-    @property
-    def directions(self) -> tuple[Direction, ...]:
-        return self._directions
+        for tensor in self._tensors.values():
+            tensor.squares.clear()
 
     def rows(self, name: str) -> int:
         """In how many parts a tensor is worked on."""

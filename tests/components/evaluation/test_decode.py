@@ -201,3 +201,79 @@ def test_positions_of_rows_that_have_ended_stay_within_the_models() -> None:
     options = Limits(set(), 12, staggered)
     rows = [row for group in decode(model=model, prompts=prompts, pad=0, limits=options, places=8) for row in group]
     assert len(rows) == 16
+
+
+class TestNumbersThatAreNone:
+    """A token whose embedding is NaN or infinite breaks the rows that come by it, and no other row."""
+
+    def token(self, name: str) -> int:
+        """One that some rows say early, some late and some never."""
+
+        def lengths(token: int) -> set[int]:
+            return {row.index(token) for row in endless(name) if token in row[:-1]}
+
+        some = [
+            t
+            for t in range(41)
+            if 4 <= sum(t in p or t in w for p, w in zip(PROMPTS, endless(name), strict=True)) <= 10
+        ]
+        return max(some, key=lambda t: len(lengths(t)))
+
+    def broken_model(self, name: str, value: float = float("nan")) -> Any:
+        model = random_model(CONFIGS[name])
+        head = model.get_output_embeddings()
+        if head.weight is model.get_input_embeddings().weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        with torch.no_grad():
+            model.get_input_embeddings().weight[self.token(name)] = value
+        return model
+
+    def expected(self, name: str) -> list[tuple[list[int], str]]:
+        found, token = [], self.token(name)
+        for prompt, whole in zip(PROMPTS, endless(name), strict=True):
+            if token in prompt:
+                found.append(([], "broken"))
+            elif token in whole[:-1]:
+                found.append((whole[: whole.index(token) + 1], "broken"))
+            else:
+                found.append((whole, "limit"))
+        assert 3 <= sum(end == "broken" for _, end in found) <= len(PROMPTS) - 3
+        assert len({len(tokens) for tokens, end in found if end == "broken"}) >= 2
+        return found
+
+    @pytest.mark.parametrize("places", [1, 3, 4, 99])
+    @pytest.mark.parametrize("name", ["llama", "sliding window", "absolute positions"])
+    def test_end_the_answer_and_leave_the_others_alone(self, name: str, places: int) -> None:
+        rows = decoded(self.broken_model(name), places)
+        assert [(row.tokens, row.end) for row in rows] == self.expected(name)
+
+    def test_of_infinite_size(self) -> None:
+        model = self.broken_model("llama", float("inf"))
+        assert [(row.tokens, row.end) for row in decoded(model, 4)] == self.expected("llama")
+
+    def test_a_row_that_broke_after_its_end_leaves_a_clean_place(self) -> None:
+        """Decided before it breaks, it is carried on until another takes its place."""
+        model = self.broken_model("llama")
+
+        def decided(rows: list[list[int]]) -> list[bool]:
+            return [len(row) == 4 for row in rows]
+
+        rows = decoded(model, 3, decided=decided)
+        for row, (tokens, end) in zip(rows, self.expected("llama"), strict=True):
+            assert (row.tokens, row.end) == (tokens[:4], "broken" if end == "broken" and len(tokens) < 4 else "decided")
+
+    @pytest.mark.parametrize("top_p", [1.0, 0.7])
+    def test_sampling_goes_on_for_the_others(self, top_p: float) -> None:
+        choose = drawn(Sampling(temperature=0.9, top_p=top_p, seed=1), [f"p{i}" for i in range(len(PROMPTS))])
+        found, token = [], self.token("llama")
+        for model in (random_model(CONFIGS["llama"]), self.broken_model("llama")):
+            groups = decode(model=model, prompts=PROMPTS, pad=0, limits=Limits(set(), 24), places=4, choose=choose)
+            found.append(sorted((row for group in groups for row in group), key=lambda row: row.index))
+        ends = []
+        for prompt, whole, row in zip(PROMPTS, *found, strict=True):
+            way = [*prompt, *whole.tokens[:-1]]
+            cut = max(0, way.index(token) + 1 - len(prompt)) if token in way else 24
+            assert row.tokens == whole.tokens[:cut]
+            ends.append(row.end)
+            assert row.end == ("limit" if token not in way else "broken")
+        assert {"limit", "broken"} == set(ends)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -69,15 +69,15 @@ def make_model(vocabulary: int, *, hidden: int = 32, layers: int = 2, positions:
     )
 
 
-def build_taught_model(out: Path, *, steps: int = 250) -> Path:
-    """A model directory that gives every answer of LESSONS word for word."""
+def build_taught_model(out: Path, *, steps: int = 250, lessons: Mapping[str, str] = LESSONS) -> Path:
+    """A model directory that gives every answer of its lessons word for word."""
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer))
-    lessons = []
-    for prompt, answer in LESSONS.items():
+    taught = []
+    for prompt, answer in lessons.items():
         chat = [{"role": "user", "content": prompt}]
-        lessons.append((tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False), answer))
-    teach(model, tokenizer, lessons, steps=steps)
+        taught.append((tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False), answer))
+    teach(model, tokenizer, taught, steps=steps)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out

@@ -14,7 +14,7 @@ from tests.components.reporting.example import share, summary
 class Page(HTMLParser):
     """Tags, attributes and visible text of a page; complains about tags that are not closed."""
 
-    VOID = ("meta", "br", "link", "img")
+    VOID: tuple[str, ...] = ("meta", "br", "link", "img")
 
     def __init__(self, html: str) -> None:
         super().__init__()
