@@ -29,7 +29,9 @@ _ROOTS = {"aligned": "load_aligned", "finetune": "load", "unaligned": "load_unal
 
 
 def run(context: StageContext) -> Outcome:
-    """Writes `points.jsonl` and `landscape.json`; metrics are every scan's figures over its directions."""
+    """Writes `points.jsonl`, `landscape.json` and its pictures; metrics are every scan's figures over its directions."""
+    from components.reporting.landscape_page import write_pictures
+
     judge(context)  # a judge's model that is not the one hashed is told here, and not by every actor
     semantics, execution = context.spec.semantics, context.spec.execution
     settings = LandscapeSettings(**semantics["landscape"])
@@ -52,6 +54,7 @@ def run(context: StageContext) -> Outcome:
     # How long a point took stands in the record; the outputs are the same bytes whoever measured it.
     write_points(context.out / POINTS, [replace(point, seconds=0.0) for point in points])
     (context.out / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+    write_pictures(context.out, {own: result}, title=f"Safety landscape: {own}")
     notes = [note for one in surveying.sets for note in one.notes]
     return Outcome(metrics=_metrics(result, sum(point.seconds for point in points), len(points)), notes=notes)
 

@@ -56,10 +56,10 @@ def survey(directory: Path, actors: int, state: str, *, losses: int = 0, **more:
     """Points without their times, and marks."""
     execution = EvaluationExecution(actors=actors, max_losses=losses, **more.pop("execution", {}))
     measured = survey_points(more.pop("asks", surveying(directory)), execution, state_dir=directory / state, **more)
-    return {
-        "points": [replace(point, seconds=0.0).to_json() for point in measured[0]],
-        "marks": [[*line, found] for line, found in sorted(measured[1].items())],
-    }
+    points = [replace(point, seconds=0.0).to_json() for point in measured[0]]
+    marks = [[*line, found] for line, found in sorted(measured[1].items())]
+    plain: dict[str, Any] = json.loads(json.dumps({"points": points, "marks": marks}))
+    return plain
 
 
 class TakenOverError(Exception):
