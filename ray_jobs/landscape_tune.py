@@ -1,8 +1,10 @@
 """Points of a landscape as Ray Tune's trials: one Tuner for a whole survey, whose trials come from the survey as it goes on.
 
 An actor loads the model once and measures one point after the other (`reuse_actors`). How ray 2.60 goes about it decides some
-of what is here: what a searcher raises becomes a trial's failure, so it is kept and raised between two steps; a lost actor's
-trial may end in two ways, so its point is another trial's and Tune's own retries stay off.
+of what is here. It ends an actor that has no trial, and one that is still loading as soon as another can take its trial: so
+an actor comes up with a trial that waits, is given points from then on, and waits between the rounds of a refined scan. What
+a searcher raises becomes a trial's failure: so it is kept and raised between two steps. A lost actor's trial may end in two
+ways: so its point is another trial's, and Tune's own retries stay off.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ _ENVIRONMENT = {
 }
 _LOOK_SECONDS = 1.0
 """How often `keep_going` is called."""
+_WAIT_SECONDS = 0.25
+"""How long an actor waits before it asks again."""
 
 
 class Measuring(tune.Trainable):  # type: ignore[misc]
@@ -56,6 +60,9 @@ class Measuring(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         if self._failure is not None:
             return {"done": True, "failure": self._failure}
+        if self.config["task"] is None:
+            time.sleep(_WAIT_SECONDS if self.iteration else 0)
+            return {"waiting": True}
         try:
             return {"done": True, "found": [self.config["task"].do(self._surveyor)]}
         except Exception as error:  # noqa: BLE001 - raised by the driver
@@ -79,18 +86,31 @@ class _Search(Searcher):  # type: ignore[misc]
     def __init__(self, course: Course, max_losses: int) -> None:
         super().__init__()
         self._course, self._left = course, max_losses
-        self._under_way: dict[str, Task] = {}
+        self._ahead: Task | None = None
+        self._under_way: dict[str, Task | None] = {}
+        """By trial; None of one that waits."""
+        self._idle = 0
+        """Actors that are up and have no trial."""
         self.failure: BaseException | None = None
         """What ends the survey."""
         self.lost: set[str] = set()
         """Trials whose actor was lost, beyond those allowed."""
 
+    @property
+    def finished(self) -> bool:
+        return self._course.survey.finished
+
+    def wanted(self) -> bool:
+        """Whether there is a point for an actor that waits."""
+        return not self._idle and self._next() is not None
+
     def suggest(self, trial_id: str) -> Any:
-        if self._course.survey.finished:
+        if self.finished:
             return self.FINISHED
-        task = self._course.next()
-        if task is None:
-            return None
+        task = self._next() if self._idle else None
+        if task is not None:
+            self._ahead = None
+        self._idle = max(self._idle - 1, 0)
         self._under_way[trial_id] = task
         return {"task": task}
 
@@ -98,15 +118,23 @@ class _Search(Searcher):  # type: ignore[misc]
         task = self._under_way.pop(trial_id)
         try:
             if error or result is None:
-                self._course.again(task)
+                if task is not None:
+                    self._course.again(task)
                 if not self.lose():
                     self.lost.add(trial_id)
             elif "failure" in result:
                 self.failure = result["failure"]
             else:
-                self._course.told(result["found"][0])
+                self._idle += 1
+                if task is not None:
+                    self._course.told(result["found"][0])
         except Exception as failure:  # noqa: BLE001 - Tune would take it for the trial's
             self.failure = failure
+
+    def _next(self) -> Task | None:
+        if self._ahead is None:
+            self._ahead = self._course.next()
+        return self._ahead
 
     def lose(self) -> bool:
         """Count an actor as lost; whether that is allowed."""
@@ -116,8 +144,9 @@ class _Search(Searcher):  # type: ignore[misc]
     def put_back(self) -> None:
         """All that is under way, for another Tuner."""
         for task in self._under_way.values():
-            self._course.again(task)
-        self._under_way = {}
+            if task is not None:
+                self._course.again(task)
+        self._under_way, self._idle = {}, 0
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """The survey keeps its own files."""
@@ -126,19 +155,25 @@ class _Search(Searcher):  # type: ignore[misc]
         return {}  # Tune pickles it for a restart of its own
 
 
-class _Keeping(FIFOScheduler):  # type: ignore[misc]
-    """Between two rounds of a refined scan actors have nothing to do; Tune would keep one of them and end the others, which
-    would have to load the model again."""
+class _Waits(FIFOScheduler):  # type: ignore[misc]
+    """Has Tune give an actor that becomes free the trial that was suggested for it, and not one whose own actor is loading,
+    which it would end."""
 
-    def __init__(self, actors: int) -> None:
-        super().__init__()
-        self._actors = actors
+    def choose_trial_to_run(self, tune_controller: Any, **kwargs: Any) -> None:
+        return None
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        super().on_trial_add(tune_controller, trial)
-        if self._actors:
-            tune_controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory, self._actors)
-            self._actors = 0
+
+class _Ends(tune.Stopper):  # type: ignore[misc]
+    """Ends trials that wait where there is something to measure, and all when everything is."""
+
+    def __init__(self, search: _Search) -> None:
+        self._search = search
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return "waiting" in result and self._search.wanted()
+
+    def stop_all(self) -> bool:
+        return self._search.finished
 
 
 class _Watch(tune.Callback):  # type: ignore[misc]
@@ -202,7 +237,7 @@ def _tuner(
         tune_config=tune.TuneConfig(
             num_samples=-1,
             search_alg=search,
-            scheduler=_Keeping(execution.actors),
+            scheduler=_Waits(),
             max_concurrent_trials=execution.actors,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -210,6 +245,7 @@ def _tuner(
         run_config=tune.RunConfig(
             name="survey",
             storage_path=str(storage),
+            stop=_Ends(search),
             callbacks=[_Watch(search, keep_going, execution.patience_s, needs)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,

@@ -40,6 +40,7 @@ from components.reporting.landscape_curves import (
 from components.reporting.landscape_style import GREY, PER_ROW, figure, interval_said, looks, panels, png, title
 
 _LEVELS = np.arange(0, 101, 10)
+_TOP = 100 - 1e-9
 _INK, _PAPER = "#1c2024", "#ffffff"
 """What is written on contours, which are the same in light and dark."""
 _RISES = (3, 15, -15, 27, -27, 39, -39, 51, -51, 63, -63)
@@ -125,7 +126,8 @@ def _contours(ax: Axes, scan: ScanResult, key: Key, cmap: str) -> None:
     if net is None:
         ax.scatter(found.x, found.y, c=found.z, cmap=cmap, vmin=0, vmax=100, s=20, zorder=3)
     else:
-        ax.tricontourf(net, np.clip(found.z, 0, 100), levels=_LEVELS, cmap=cmap, norm=_shades(cmap))
+        # The topmost stretch has no upper end of its own: 100 would be left blank.
+        ax.tricontourf(net, np.clip(found.z, 0, _TOP), levels=_LEVELS, cmap=cmap, norm=_shades(cmap))
         _dots(ax, found)
     for x, y in not_finite(scan):
         ax.plot([x], [y], "x", color=_INK, ms=4, mew=1, clip_on=False, zorder=4, path_effects=_edged(2.5))

@@ -21,6 +21,8 @@ from components.errors import RealignError
 from components.evaluation.execution import EvaluationExecution
 from components.evaluation.prompts import load_prompt_set
 from components.evaluation.settings import EvaluationSettings, SetSettings
+from components.landscape.points import Ask, Point
+from components.landscape.schema import Mark
 from components.landscape.settings import RandomAxis, Scan, TowardsAxis
 from ray_jobs.actors import Place
 from ray_jobs.landscape_trials import POINTS, Surveying, survey_points
@@ -48,6 +50,32 @@ def surveying(directory: Path) -> Surveying:
     )
 
 
+class Slow:
+    """Stands for a model that takes a second over a point, and says which process has it."""
+
+    def measure(self, ask: Ask, keep_going: Callable[[], None] | None = None) -> Point:
+        time.sleep(1)
+        hits = "".join("01"[k < 100 * abs(ask.at[0])] for k in range(40))
+        return Point(ask.scan, ask.direction, ask.at, {"asked": {"asr": hits, "harmful": hits}}, seconds=os.getpid())
+
+    def marks(self, scan: str, direction: int) -> list[Mark]:
+        return []
+
+
+class SlowSurveying(Surveying):
+    def surveyor(self, device: str) -> Any:
+        return Slow()
+
+
+def rounds(directory: Path) -> list[int]:
+    """How many points a refined scan has, and how many processes measured them."""
+    one = surveying(directory)
+    scan = Scan(name="fine", points=11, refine=1.0)
+    slow = SlowSurveying(one.place, {}, (scan,), one.sets, one.settings, batch_size=1)
+    points, _ = survey_points(slow, EvaluationExecution(actors=2), state_dir=directory / "rounds")
+    return [len(points), len({point.seconds for point in points})]
+
+
 def holders() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Measuring")]
 
@@ -67,14 +95,13 @@ class TakenOverError(Exception):
 
 
 class Watching:
-    """Is told of a survey's progress, and sees which actors there are."""
+    """Is told of a survey's progress, and does something at one of its points."""
 
     def __init__(self, at: int, do: Callable[[], Any]) -> None:
-        self.at, self.do, self.told, self.pids = at, do, 0, set[int]()
+        self.at, self.do, self.told = at, do, 0
 
     def __call__(self, now: dict[str, Any]) -> None:
         self.told += 1
-        self.pids |= {one.pid for one in holders()}
         if self.told == self.at:
             self.do()
 
@@ -105,8 +132,8 @@ def failed(directory: Path, state: str, **more: Any) -> list[Any]:
 
 
 def see(directory: Path) -> dict[str, Any]:
-    watch, killing = Watching(0, print), Watching(3, murder)
-    seen: dict[str, Any] = {"two": survey(directory, 2, "two", progress=watch), "two pids": len(watch.pids)}
+    killing = Watching(3, murder)
+    seen: dict[str, Any] = {"two": survey(directory, 2, "two"), "rounds": rounds(directory)}
     before = (directory / "killed" / POINTS).read_text().count("\n")
     with (directory / "killed" / POINTS).open("a") as file:
         file.write('{"scan": "grid", "dir')  # what a process wrote when it was killed

@@ -61,7 +61,12 @@ def test_points_do_not_depend_on_who_measures_them(seen: dict[str, Any]) -> None
     refined = [point["at"] for point in seen["here"]["points"] if point["scan"] == "fine"]
     assert len(refined) > 2 * 9  # more than one round
     assert seen["two"] == seen["here"]
-    assert seen["two pids"] <= 2  # nobody loads the model again between two rounds
+
+
+def test_actors_keep_their_model_between_the_rounds_of_a_refined_scan(seen: dict[str, Any]) -> None:
+    points, processes = seen["rounds"]
+    assert points > 2 * 9  # more than one round
+    assert processes == 2
 
 
 def test_marks_come_with_the_points(seen: dict[str, Any]) -> None:
