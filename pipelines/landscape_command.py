@@ -78,7 +78,6 @@ def landscape_command(
     with _processes(how):
         results = {one.name: _drawn(one, drawing, how) for one in drawing.drawn}
     from components.reporting.landscape_page import write_pictures
-
     from pipelines.landscape_text import told_lines
 
     pictures = write_pictures(out, results, title=", ".join(results))
