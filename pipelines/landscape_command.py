@@ -19,17 +19,19 @@ from pydantic import BaseModel, ConfigDict
 
 from components.errors import CheckpointError, ConfigError
 from components.evaluation.execution import EvaluationExecution
+from components.evaluation.outcomes import NamedSet
 from components.evaluation.settings import EvaluationSettings
 from components.landscape.settings import Scan
 from pipelines.config import load_sections
 from pipelines.evaluated_models import STATE, Named, Runtime, check_models, identity_of, named_models
 from pipelines.landscape_axes import Options, asked_settings, scans_of, with_targets
-from pipelines.landscape_section import LandscapeSection, set_problems
+from pipelines.landscape_section import LandscapeSection, named_tasks, set_problems
 from pipelines.sections import EvaluationSection
 
 if TYPE_CHECKING:
     from components.checkpoints.reference import Checkpoint
     from components.checkpoints.source import TensorSource
+    from components.evaluation.capability.settings import CapabilitySettings
     from components.evaluation.prompts import PromptSet
     from components.landscape.schema import LandscapeResult
 
@@ -57,8 +59,14 @@ class _Drawing:
     scans: Sequence[Scan]
     sets: Sequence[PromptSet]
     settings: EvaluationSettings
+    capability: CapabilitySettings | None
     runtime: Runtime
     out: Path
+
+    @property
+    def measured(self) -> list[NamedSet]:
+        """All that a point says something of."""
+        return [*self.sets, *(self.capability.tasks if self.capability is not None else ())]
 
     @property
     def drawn(self) -> list[Named]:
@@ -115,7 +123,9 @@ def _prepared(
     fields = {name: getattr(chosen.evaluation, name) for name in EvaluationSettings.model_fields if name != "sets"}
     asked = EvaluationSettings(**{**fields, "dtype": runtime.dtype or chosen.evaluation.dtype})
     _require_judge(asked, runtime)
-    return _Drawing(given, named, scans, sets, asked, runtime, out)
+    capability = named_tasks(settings.sets, chosen.evaluation.capability)
+    _require_tasks(capability)
+    return _Drawing(given, named, scans, sets, asked, capability, runtime, out)
 
 
 def _default_actors(runtime: Runtime, scans: Sequence[Scan]) -> int:
@@ -160,6 +170,13 @@ def _require_judge(settings: EvaluationSettings, runtime: Runtime) -> None:
     require_apis(settings.judge)
 
 
+def _require_tasks(capability: CapabilitySettings | None) -> None:
+    if capability is not None:
+        from components.evaluation.capability.tasks import load_tasks
+
+        load_tasks(capability)
+
+
 def _execution(runtime: Runtime) -> EvaluationExecution:
     device: Any = runtime.device
     return EvaluationExecution(actors=runtime.actors, device=device, devices=runtime.devices)
@@ -199,6 +216,7 @@ def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution) -> Landscape
             batch_size=runtime.batch_size,
             threads=max(1, (os.cpu_count() or 1) // runtime.actors),
             judging=runtime.judging,
+            capability=drawing.capability,
         ),
         how,
         state_dir=drawing.out / STATE / _identity([one, *others], runtime),
@@ -208,7 +226,7 @@ def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution) -> Landscape
         model=one.name,
         scans=scans,
         points=points,
-        sets=drawing.sets,
+        sets=drawing.measured,
         marks=marks,
         confidence=drawing.settings.confidence,
     )

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
+from components.evaluation.capability.settings import CapabilitySettings
 from components.evaluation.gates import VISAGE, Requirement
 from components.evaluation.settings import SetSettings
 from components.landscape.settings import LandscapeSettings, Scan, TowardsAxis
@@ -60,6 +61,10 @@ class LandscapeSection(LandscapeSettings):
             return [one for one in tested if one.name in self.sets]
         return [one for one in tested if one.counts and (one.kind != "task" or whose is not None)]
 
+    def capability_of(self, capability: CapabilitySettings | None) -> CapabilitySettings | None:
+        """See `named_tasks`."""
+        return named_tasks(self.sets, capability)
+
     @property
     def visage_scan(self) -> Scan | None:
         """The scan whose VISAGE is the model's: the first with random axes alone."""
@@ -75,6 +80,12 @@ def _drawable(scan: Scan, variant: Drawn) -> bool:
     if not leads_to <= set(KNOWN[variant]):
         return False
     return variant != "between" or bool(leads_to & {"finetune", "realigned"})
+
+
+def named_tasks(named: Sequence[str], capability: CapabilitySettings | None) -> CapabilitySettings | None:
+    """lm_eval's tasks that a landscape asks at every point: those that `sets` names, for most are too long for that."""
+    tasks = tuple(task for task in capability.tasks if task.name in named) if capability is not None else ()
+    return capability.model_copy(update={"tasks": tasks}) if capability is not None and tasks else None
 
 
 def landscape_problems(section: LandscapeSection, evaluation: EvaluationSection, *, unaligned: bool) -> list[str]:
@@ -103,12 +114,12 @@ def set_problems(named: Sequence[str], evaluation: EvaluationSection) -> list[st
     """What is wrong with the sets that a landscape is to ask."""
     tested = {one.name: one for one in evaluation.sets if one.split == "test"}
     tasks = {task.name for task in evaluation.capability.tasks} if evaluation.capability is not None else set()
-    problems = [
-        f"landscape.sets: {name} is a task of lm_eval; landscapes ask prompt sets" for name in named if name in tasks
-    ]
+    problems = []
     unknown = [name for name in named if name not in tested and name not in tasks]
     if unknown:
-        problems.append(f"landscape.sets: no test set {', '.join(unknown)} (there: {', '.join(sorted(tested))})")
+        problems.append(
+            f"landscape.sets: no test set {', '.join(unknown)} (there: {', '.join(sorted([*tested, *tasks]))})"
+        )
     elif named and not any(tested[name].kind == "harmful" for name in named if name in tested):
         problems.append("landscape.sets: none of kind harmful; a safety landscape is drawn of harmful requests")
     return problems

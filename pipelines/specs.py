@@ -207,6 +207,11 @@ def _landscape(node: Node, config: RunConfig, roots: Roots) -> Parts:
     evaluation, judging = _evaluation(config, roots)
     scans = [scan.model_dump(mode="json") for scan in section.scans_of(node.step.variant)]
     drawn = {"scans": scans, "sets": [one["name"] for one in semantics["sets"]], "limit": section.limit}
+    capability = section.capability_of(config.evaluation.capability)
+    if capability is not None:
+        identities = {task.name: roots.capability[task.name] for task in capability.tasks}
+        semantics["capability"] = semantics_of(capability, identities)
+        execution["capability"] = paths_of(capability)
     semantics |= {"landscape": drawn, "variant": node.step.variant}
     if node.step.variant in ("between", "realigned"):
         semantics |= {"select": config.fusion.select, "max_asr": config.fusion.max_asr}

@@ -19,7 +19,7 @@ from components.landscape.settings import LandscapeSettings
 from ray_jobs.actors import Place
 from ray_jobs.landscape_trials import POINTS, Surveying, shortened, survey_points
 from ray_jobs.models import checkpoint
-from ray_jobs.prompt_files import evaluation_settings, judge, prompt_sets
+from ray_jobs.prompt_files import capability_tasks, evaluation_settings, judge, prompt_sets
 from ray_jobs.stage import Outcome, StageContext
 
 RESULT = "landscape.json"
@@ -47,7 +47,7 @@ def run(context: StageContext) -> Outcome:
         model=own,
         scans=settings.scans,
         points=points,
-        sets=surveying.sets,
+        sets=surveying.measured,
         marks=marks,
         confidence=surveying.settings.confidence,
     )
@@ -74,6 +74,7 @@ def _surveying(context: StageContext, settings: LandscapeSettings) -> tuple[str,
         batch_size=int(execution["batch_size"]),
         threads=int(execution.get("threads", 1)),
         judging=JudgeExecution(**execution["judge"]),
+        capability=capability_tasks(context)[1],
     )
 
 

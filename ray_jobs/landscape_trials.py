@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.evaluation.capability.settings import CapabilitySettings
 from components.evaluation.execution import EvaluationExecution
 from components.evaluation.judges import make_judge
 from components.evaluation.judges.settings import JudgeExecution
+from components.evaluation.outcomes import NamedSet
 from components.evaluation.prompts import PromptSet
 from components.evaluation.settings import EvaluationSettings
 from components.landscape.points import Ask, Point, read_points, write_points
@@ -23,6 +25,7 @@ from ray_jobs.actors import Place, loaded
 
 if TYPE_CHECKING:
     from components.checkpoints.source import TensorSource
+    from components.evaluation.capability.tasks import LoadedTask
     from components.landscape.measuring import Surveyor
 
 KeepGoing = Callable[[], None]
@@ -45,6 +48,13 @@ class Surveying:
     batch_size: int
     threads: int = 1
     judging: JudgeExecution = field(default_factory=JudgeExecution)
+    capability: CapabilitySettings | None = None
+    """Tasks of lm_eval that are asked at every point, too."""
+
+    @property
+    def measured(self) -> tuple[NamedSet, ...]:
+        """All that a point says something of."""
+        return (*self.sets, *(self.capability.tasks if self.capability is not None else ()))
 
     def surveyor(self, device: str) -> Surveyor:
         """The model, loaded; this process computes as every other one does. Raises CheckpointError, EvaluationError."""
@@ -62,7 +72,16 @@ class Surveying:
             sets=self.sets,
             settings=self.settings,
             judge=make_judge(self.settings.judge, self.judging),
+            tasks=self._tasks(),
+            capability=self.capability,
         )
+
+    def _tasks(self) -> list[LoadedTask]:
+        if self.capability is None:
+            return []
+        from components.evaluation.capability.tasks import load_tasks
+
+        return load_tasks(self.capability)
 
     @property
     def identity(self) -> str:
@@ -73,6 +92,7 @@ class Surveying:
             [scan.model_dump(mode="json") for scan in self.scans],
             [[one.name, one.kind, one.counts, [prompt.fingerprint for prompt in one.prompts]] for one in self.sets],
             self.settings.model_dump(mode="json", exclude={"sets", "confidence", "interval"}),
+            self.capability and self.capability.model_dump(mode="json"),
         ]
         return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
@@ -107,7 +127,7 @@ class Course:
         with storage_errors(state_dir):
             state_dir.mkdir(parents=True, exist_ok=True)
             points, self.marks = self._restored(surveying.identity)
-        self.survey = Survey(surveying.scans, sets=surveying.sets, known=points)
+        self.survey = Survey(surveying.scans, sets=surveying.measured, known=points)
         self._marking: set[Line] = set()
 
     def next(self) -> Task | None:

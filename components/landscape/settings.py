@@ -90,11 +90,13 @@ class LandscapeSettings(_Frozen):
     scans: tuple[Scan, ...] = Field(default=(Scan(directions=3),), min_length=1)
 
     sets: tuple[str, ...] = ()
-    """Names of the test sets that are asked at every point; none named: all that count towards the headline rates. One with an
-    attack has a curve of its own, so that `attack: {kind: system, text: …}` shows what a system prompt protects."""
+    """Names of the test sets that are asked at every point, lm_eval's tasks among them if need be; none named: all prompt sets
+    that count towards the headline rates. One with an attack has a curve of its own, so that `attack: {kind: system, text: …}`
+    shows what a system prompt protects."""
 
     limit: int | None = Field(default=80, ge=1)
-    """Of each set only the first so many prompts (80, as published); None: all."""
+    """Of each prompt set only the first so many prompts (80, as published); None: all. lm_eval's tasks have limits of their
+    own."""
 
     @model_validator(mode="after")
     def _own_names(self) -> Self:

@@ -229,3 +229,24 @@ def test_the_file_may_say_what_is_drawn(models: Path, config: Path, tmp_path: Pa
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"landscape": section}))
     with pytest.raises(ConfigError, match=r"landscape\.scan: unknown key \(did you mean 'scans'\?\)"):
         landscape_command([f"m={models / 'taught'}"], config, tmp_path / "out", Options(), RUNTIME, actors=1)
+
+
+def test_tasks_of_lm_eval_are_asked_at_every_point(models: Path, config: Path, tmp_path: Path) -> None:
+    rows = [
+        {"premise": "greet me", "choice1": "x", "choice2": "q", "label": k % 2, "question": "cause"} for k in range(4)
+    ]
+    (tmp_path / "copa.jsonl").write_text("".join(json.dumps({**row, "idx": k}) + "\n" for k, row in enumerate(rows)))
+    data = yaml.safe_load(config.read_text())
+    data["evaluation"]["capability"] = {"tasks": [{"task": "copa", "path": "copa.jsonl"}]}
+    config.write_text(yaml.safe_dump(data))
+    options = Options(("random",), points=3, sets="harmful,copa")
+    landscape_command([f"m={models / 'taught'}"], config, tmp_path / "out", options, RUNTIME, actors=1)
+    points = read_points(tmp_path / "out" / "m" / "points.jsonl")
+    assert [sorted(point.hits) for point in points] == [["copa", "harmful"]] * 3
+    assert {point.hits["copa"]["task"] for point in points} <= {
+        "0101",
+        "1010",
+    }  # one letter is likelier, whatever the label
+    result = json.loads((tmp_path / "out" / "m" / "landscape.json").read_text())
+    assert result["sets"] == {"harmful": "harmful", "copa": "task"}
+    assert result["scans"]["random"]["directions"][0]["means"]["copa"]["task"] == pytest.approx(0.5)

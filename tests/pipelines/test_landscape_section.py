@@ -79,11 +79,19 @@ def test_visage_without_a_landscape_and_merges_with_one_are_refused(place: Path)
     assert "mode: merge: remove landscape" in problems(place, merging(place) + "landscape: {}\n")[0]
 
 
-def test_capability_tasks_are_no_sets_of_a_landscape(place: Path) -> None:  # noqa: F811
-    text = with_landscape("sets: [harmful, copa]").replace(
-        "evaluation:\n", "evaluation:\n  capability: {tasks: [{task: copa, path: zh.jsonl}]}\n"
-    )
-    assert "landscape.sets: copa is a task of lm_eval" in problems(place, text)[0]
+def test_tasks_of_lm_eval_are_asked_where_they_are_named(place: Path) -> None:  # noqa: F811
+    def written(body: str) -> RunConfig:
+        text = with_landscape(body).replace(
+            "evaluation:\n", "evaluation:\n  capability: {tasks: [{task: copa, path: zh.jsonl}]}\n"
+        )
+        return loaded(place, text)
+
+    named, unnamed = written("sets: [harmful, copa]"), written("")
+    for config, asked in ((named, ["copa"]), (unnamed, [])):
+        assert config.landscape is not None
+        chosen = config.landscape.capability_of(config.evaluation.capability)
+        assert [task.name for task in chosen.tasks] == asked if chosen is not None else asked == []
+        assert "copa" not in [one.name for one in config.landscape.sets_of(config.evaluation.sets, whose="zh")]
 
 
 def drawn(config: RunConfig) -> dict[str, dict[str, str]]:
