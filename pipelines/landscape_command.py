@@ -196,6 +196,8 @@ def _processes(how: EvaluationExecution) -> Iterator[None]:
 
 def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution) -> LandscapeResult:
     """One model's landscape, which is written when it is whole."""
+    import torch
+
     from components.landscape.points import write_points
     from components.landscape.result import landscape_result
     from components.storage import write_atomic
@@ -214,7 +216,7 @@ def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution) -> Landscape
             sets=tuple(drawing.sets),
             settings=drawing.settings,
             batch_size=runtime.batch_size,
-            threads=max(1, (os.cpu_count() or 1) // runtime.actors),
+            threads=max(1, torch.get_num_threads() // runtime.actors),  # of those that this process was given
             judging=runtime.judging,
             capability=drawing.capability,
         ),
