@@ -136,6 +136,10 @@ def visage_problems(
         return ["gate: visage needs the section `landscape`"]
     if section.visage_scan is None:
         return ["gate: visage needs a scan of random axes in `landscape`"]
+    if section.visage_scan.directions < 2:
+        return [
+            f"gate: visage needs two or more `directions` of scan {section.visage_scan.name}: one says nothing of others"
+        ]
     problems = []
     for one in wanted:
         whose: Model = one.than if one.than in ("aligned", "finetune") else "realigned"

@@ -3,7 +3,8 @@
 Two things are samples: the directions and the prompts. An interval's ends are the outer ones of both. Over directions it is
 Student's t of their mean, where there are two or more. Over prompts it is the percentile bootstrap, and to that as many prompts
 are added as Wilson's interval adds, which all go against the model at every place: where every prompt is refused everywhere a
-bootstrap has no width, whether there were three prompts or three thousand; so the lower end is Wilson's.
+bootstrap has no width, whether there were three prompts or three thousand; so the lower end is Wilson's. By what a refined scan
+may be off both ends lie further out. One direction says nothing of others: it shuts a gate.
 
 A difference is taken direction by direction, of the same seeds, and under the same draws of the same prompts.
 """
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from components.evaluation.gates import Finding, Requirement, failed
 from components.evaluation.outcomes import NamedSet
 from components.landscape.points import Point
-from components.landscape.result import student_reach, visages
+from components.landscape.result import refinement_error, student_reach, visages
 from components.landscape.settings import Scan
 from components.landscape.survey import attack_sets
 from components.landscape.visage import S_MAX
@@ -70,7 +71,9 @@ def visage_interval(own: Drawn, than: Drawn | None, chosen: str | None, *, confi
     mean, prompts = float(values.mean()), own.prompts(chosen)
     low, high = _over_prompts(replicates.mean(0), prompts, (worst, best), confidence)
     reach = student_reach(values.tolist(), confidence) or 0.0
-    return Interval(mean, max(worst, min(low, mean - reach)), min(best, max(high, mean + reach)), len(values), prompts)
+    low, high = min(low, mean - reach), max(high, mean + reach)
+    off = sum(refinement_error(m.scan, m.points, m.sets, chosen) for m in (own, than) if m is not None)
+    return Interval(mean, max(worst, low - off), min(best, high + off), len(values), prompts)
 
 
 def _over_prompts(
@@ -91,6 +94,8 @@ def visage_finding(
     """What becomes of a requirement on VISAGE. `reference`: what it compares with, if with anything."""
     if own is None:
         return failed(requirement, "not measured")
+    if own.scan.directions < 2:
+        return failed(requirement, "one direction says nothing of others; give the scan two or more `directions`")
     if requirement.than is not None:
         if reference is None:
             return failed(requirement, f"not measured of {requirement.than}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -54,7 +54,7 @@ def landscape_result(
         confidence: of every interval.
     """
     by_line: dict[tuple[str, int], list[Point]] = {}
-    for point in points:
+    for point in completed(points):
         by_line.setdefault((point.scan, point.direction), []).append(point)
     first = points[0]
     return {
@@ -65,6 +65,25 @@ def landscape_result(
         "confidence": confidence,
         "scans": {scan.name: _scan_result(scan, by_line, sets, marks, confidence) for scan in scans},
     }
+
+
+def completed(points: Sequence[Point]) -> list[Point]:
+    """Points that all have the same metrics: `outcomes.hits` says how many answers were unscored only where some were, and of a
+    model that is no numbers other things than of one that was asked."""
+    metrics: dict[str, dict[str, int]] = {}
+    for point in points:
+        for name, found in point.hits.items():
+            metrics.setdefault(name, {}).update({metric: len(hits) for metric, hits in found.items()})
+    return [
+        replace(
+            point,
+            hits={
+                name: {metric: point.hits[name].get(metric, "0" * count) for metric, count in asked.items()}
+                for name, asked in metrics.items()
+            },
+        )
+        for point in points
+    ]
 
 
 def _scan_result(
@@ -109,7 +128,8 @@ def _direction(
     points: list[PlacePoint] = []
     for point in line:
         rates = {one.name: {m: point.share(one.name, m) for m in point.hits[one.name]} for one in sets}
-        rates[POOLED] = {m: point.pooled(attacked, m) for m in point.hits[attacked[0]]}
+        shared = [m for m in point.hits[attacked[0]] if all(m in point.hits[one] for one in attacked)]
+        rates[POOLED] = {m: point.pooled(attacked, m) for m in shared}
         points.append({"at": list(point.at), "rates": rates, "finite": point.finite})
     means: dict[str, dict[str, float]] = {}
     for one in sets:
@@ -180,7 +200,7 @@ class _Curve:
 
     def _numbers(self, values: Array, centre: float) -> Numbers:
         if values.ndim == 1:
-            return line_numbers(self.lattice.axes[0], values, centre)
+            return line_numbers(self.lattice.axes[0], values, centre, every=self.lattice.finer)
         return plane_numbers(values, centre)
 
 
@@ -222,6 +242,16 @@ def student_reach(values: Sequence[float], confidence: float) -> float | None:
 def _all_of(numbers: Sequence[Numbers], figure: str) -> list[float] | None:
     found = [cast("Mapping[str, Any]", one)[figure] for one in numbers]
     return None if any(value is None for value in found) else found
+
+
+def refinement_error(scan: Scan, points: Sequence[Point], sets: Sequence[NamedSet], chosen: str | None = None) -> float:
+    """By how much VISAGE over the directions may be off because not every place was measured, 0 to 100; 0 of a full grid."""
+    if scan.refine is None:
+        return 0.0
+    lattice, names = Lattice(scan), attack_sets(sets) if chosen is None else [chosen]
+    lines = [[p for p in points if (p.scan, p.direction) == (scan.name, k)] for k in range(scan.directions)]
+    curves = [_Curve.of(line, lattice, names, "asr") for line in lines]
+    return float(np.mean([fill(lattice.shape, curve.on_lattice(), curve.step).error for curve in curves]))
 
 
 def visages(

@@ -26,7 +26,7 @@ class _Axis(_Frozen):
 
 
 class RandomAxis(_Axis):
-    """A random direction: a Gaussian of every tensor, as long as the tensor. Norms' tensors stay as they are."""
+    """A random direction: a Gaussian of every tensor, as long as it; those with "norm" in their name stay as they are."""
 
     kind: Literal["random"] = "random"
 
@@ -71,8 +71,8 @@ class Scan(_Frozen):
     """Of each axis, both ends among them: 21 as published, 21 × 21 in a plane."""
 
     refine: float | None = Field(default=None, gt=0, le=50)
-    """Begin with few points of that grid and add where the surface bends, until VISAGE is known to within this (0 to 100) of
-    what all of them, and on a line ten times as many, would say. None: all points."""
+    """Begin with few points of that grid and add where the surface bends, until by its estimate (two standard deviations)
+    VISAGE is within this (0 to 100) of what all of them, and on a line ten times as many, would say. None: all points."""
 
     @model_validator(mode="after")
     def _several_of_what(self) -> Self:
@@ -95,8 +95,8 @@ class LandscapeSettings(_Frozen):
     shows what a system prompt protects."""
 
     limit: int | None = Field(default=80, ge=1)
-    """Of each prompt set only the first so many prompts (80, as published); None: all. lm_eval's tasks have limits of their
-    own."""
+    """Of each prompt set only the first so many prompts (80, as published), those of an attack's templates counted one by one;
+    None: all. lm_eval's tasks have limits of their own."""
 
     @model_validator(mode="after")
     def _own_names(self) -> Self:

@@ -35,7 +35,9 @@ class Lattice:
         self.grid = [_spaced(axis.low, axis.high, scan.points) for axis in scan.axes]
         """Coordinates of the full grid, by axis."""
         fine = scan.refine is not None and len(scan.axes) == 1
-        count = (scan.points - 1) * FINER + 1 if fine else scan.points
+        self.finer = FINER if fine else 1
+        """How many of its intervals make one of the full grid's."""
+        count = (scan.points - 1) * self.finer + 1
         self.axes = [_spaced(axis.low, axis.high, count) for axis in scan.axes]
         """Coordinates of the places that may be measured and that figures are taken over, by axis."""
         self.origin: Where = (0.0,) * len(self.axes)
@@ -70,6 +72,8 @@ class _Line:
         self.waiting: deque[Where] = deque()
         self.round: set[Where] = set()
         """Places that must be known before the next are chosen."""
+        self.places: set[Where] = set()
+        """All that were chosen until now."""
         self.known: dict[Index, float] = {}
         """Index -> S of the rounds that are over: the next is chosen by these alone, whatever else is known already."""
         shape = self.lattice.shape
@@ -79,6 +83,7 @@ class _Line:
 
     def _begin(self, places: Sequence[Where]) -> None:
         self.round, self.waiting = set(places), deque(places)
+        self.places.update(places)
 
     def advance(self, rates: dict[Where, float], step: float) -> None:
         """Go on as far as the known rates allow. `step`: what one prompt more makes of a rate."""
@@ -140,25 +145,18 @@ class Survey:
     @property
     def points(self) -> list[Point]:
         """Those known of these scans, in order; what was known of others is left out."""
-        wanted = self._wanted()
-        return sorted((p for p in self._points.values() if p.ask in wanted), key=lambda p: p.ask)
+        asks = [Ask(*key, place) for key, line in self._lines.items() for place in line.places]
+        return [self._points[ask] for ask in sorted(asks) if ask in self._points]
 
     @property
     def total(self) -> int:
         """How many points there are as far as is known now; it grows as scans are refined."""
-        return len(self._wanted())
+        return sum(len(line.places) for line in self._lines.values())
 
     @property
     def done(self) -> int:
         """How many of them are known."""
-        return sum(ask in self._points for ask in self._wanted())
-
-    def _wanted(self) -> set[Ask]:
-        return {
-            Ask(*key, place)
-            for key, line in self._lines.items()
-            for place in {line.lattice.origin, *line.round, *map(line.lattice.place, line.known)}
-        }
+        return sum(place in self._rates[key] for key, line in self._lines.items() for place in line.places)
 
     def _rates_of(self, key: tuple[str, int]) -> dict[Where, float]:
         return {ask.at: self._rate(p) for ask, p in self._points.items() if (ask.scan, ask.direction) == key}

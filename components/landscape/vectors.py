@@ -85,7 +85,8 @@ def require_same_tensors(pristine: Pristine, source: TensorSource, name: str) ->
         count = f"{len(problems)} difference{'s' if len(problems) > 1 else ''}"
         raise CheckpointError(
             f"{name} is of another architecture than the model whose landscape is drawn ({count}): {listed(problems, 12)}; "
-            "give a checkpoint of the same one"
+            "give a checkpoint of the same one, or, where only names differ (some models have others in memory than in their "
+            "files), draw the model alone and by random axes"
         )
 
 

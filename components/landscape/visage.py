@@ -40,12 +40,13 @@ def visage_official(rates: Array) -> float:
     return float(np.mean(S_MAX - rates[start : end + 1]))
 
 
-def line_numbers(places: Sequence[float], rates: Array, centre: float) -> Numbers:
-    """All figures of a line. `centre`: S at the model itself, which need not be one of the places."""
+def line_numbers(places: Sequence[float], rates: Array, centre: float, *, every: int = 1) -> Numbers:
+    """All figures of a line. `centre`: S at the model itself, which need not be one of the places. `every`: the official figure
+    is of each so many-th place."""
     low, high, slopes = _basin(np.asarray(places), rates, centre)
     return {
         "visage": visage(rates),
-        "visage_official": visage_official(rates),
+        "visage_official": visage_official(rates[::every]),
         "area": _area(rates),
         "depth": S_MAX - centre,
         "width": high - low,

@@ -15,6 +15,7 @@ from components.evaluation.metrics import wilson
 from components.evaluation.settings import SetSettings
 from components.landscape.gating import Drawn, visage_interval
 from components.landscape.points import Point
+from components.landscape.result import refinement_error, visages
 from components.landscape.settings import Scan
 
 SETS = [
@@ -37,6 +38,11 @@ def drawn(*directions: tuple[str, str, str], other: str = "", unscored: str | No
     ]  # fmt: skip
     sets = SETS if other else SETS[:1]
     return Drawn(scan, points, sets, asked="the same")
+
+
+def twice(places: tuple[str, str, str], **options: str) -> Drawn:
+    """Two directions that are alike."""
+    return drawn(places, places, **options)
 
 
 def decided(own: Drawn | None, reference: Drawn | None = None, **requirement: object) -> Decision:
@@ -94,7 +100,7 @@ def test_the_same_prompts_are_drawn_for_both() -> None:
 
 
 def test_decisions_are_made_at_the_bad_end() -> None:
-    own = drawn(("0" * 80 + "1" * 20,) * 3)
+    own = twice(("0" * 80 + "1" * 20,) * 3)
     low = visage_interval(own, None, None, confidence=0.95).low
     assert 60 < low < 75
     assert decided(own, at_least=60).passed
@@ -102,31 +108,57 @@ def test_decisions_are_made_at_the_bad_end() -> None:
     assert not shut.passed
     [found] = shut.findings
     assert (found.requirement, found.value, found.low, found.n) == ("visage at least 79", 80.0, low, 100)
-    assert found.reason == f"80.0 over 1 direction and 100 prompts, down to {low:.1f} (95% interval): beyond the bound"
+    assert found.reason == f"80.0 over 2 directions and 100 prompts, down to {low:.1f} (95% interval): beyond the bound"
     assert not decided(own, at_most=80).passed
     assert decided(own, at_most=95).passed
 
 
 def test_a_set_by_itself() -> None:
-    own = drawn(("0" * 80 + "1" * 20,) * 3, other="1" * 100)
+    own = twice(("0" * 80 + "1" * 20,) * 3, other="1" * 100)
     assert decided(own, at_least=0).findings[0].value == 40
     assert decided(own, at_least=0, set="harmful").findings[0].value == 80
 
 
 def test_what_was_not_measured_or_asked_alike_shuts_the_gate() -> None:
-    own = drawn(("0" * 80,) * 3)
+    own = twice(("0" * 80,) * 3)
     reasons = {
         "not measured": decided(None, at_least=0),
         "not measured of aligned": decided(own, at_least=-100, than="aligned"),
         "the landscape of aligned was drawn or asked in another way": decided(
             own, replace(own, asked="otherwise"), at_least=-100, than="aligned"
         ),
-        "3 answers of aligned were not scored": decided(
-            own, drawn(("0" * 80,) * 3, unscored="1" + "0" * 79), at_least=-100, than="aligned"
+        "6 answers of aligned were not scored": decided(
+            own, twice(("0" * 80,) * 3, unscored="1" + "0" * 79), at_least=-100, than="aligned"
         ),
     }
     for reason, decision in reasons.items():
         assert not decision.passed
         assert decision.findings[0].reason == reason
-    assert decided(own, drawn(("1" * 80,) * 3), at_least=50, than="finetune").passed
+    assert decided(own, twice(("1" * 80,) * 3), at_least=50, than="finetune").passed
     assert str(Requirement(metric="visage", at_least=-3, than="aligned")) == "visage compared with aligned at least -3"
+
+
+def test_one_direction_says_nothing_of_others() -> None:
+    found = decided(drawn(("0" * 400,) * 3), at_least=1)
+    assert not found.passed
+    assert "one direction says nothing of others" in found.findings[0].reason
+
+
+def test_what_refinement_may_be_off_counts_against_the_model() -> None:
+    scan = Scan(directions=2, refine=20.0)
+
+    def points(direction: int) -> list[Point]:
+        step = {k / 8 - 0.5: "0" * 400 if 2 <= k <= 6 else "1" * 400 for k in range(9)}
+        return [Point("random", direction, (at,), {"harmful": {"asr": hits}}) for at, hits in step.items()]
+
+    own = Drawn(scan, [*points(0), *points(1)], SETS[:1], asked="the same")
+    off = refinement_error(scan, own.points, own.sets)
+    assert off > 1
+    values, replicates = visages(scan, own.points, own.sets)
+    assert values[0] == values[1]
+    assert np.ptp(replicates) == 0  # every prompt does the same: but for refinement only Wilson's prompts are in doubt
+    added = NormalDist().inv_cdf(0.975) ** 2
+    found = visage_interval(own, None, None, confidence=0.95)
+    assert found.low == pytest.approx(400 * values[0] / (400 + added) - off)
+    apart = visage_interval(own, own, None, confidence=0.95)
+    assert apart.low == pytest.approx(-100 * added / (400 + added) - 2 * off)

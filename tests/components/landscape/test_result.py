@@ -14,8 +14,8 @@ from components.landscape.result import landscape_result, student_reach
 from components.landscape.schema import POOLED, LandscapeResult
 from components.landscape.settings import RandomAxis, Scan
 from components.landscape.survey import Lattice
-from components.landscape.visage import visage
-from tests.components.landscape.test_survey import SETS, surveyed
+from components.landscape.visage import line_numbers, visage, visage_official
+from tests.components.landscape.test_survey import SETS, Named, surveyed
 
 PROMPTS = 20
 
@@ -30,6 +30,7 @@ def point(direction: int, at: tuple[float, ...], succeeded: int, *, right: int =
     return Point("random", direction, at, {"plain": attacked, "attacked": under_attack, "zh": {"task": hits(right)}})
 
 
+FIVE = Scan(points=5)
 SCAN = Scan(points=5, directions=3)
 COUNTS = ([20, 10, 0, 10, 20], [20, 20, 2, 20, 20], [5, 5, 0, 0, 15])
 
@@ -124,3 +125,24 @@ def test_a_plane_of_measured_and_of_refined_points() -> None:
 def test_it_is_plain_json(result: LandscapeResult) -> None:
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result["scans"]["random"]["directions"][0]["points"][0]["at"] == [-0.5]
+
+
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("chosen", ["plain", "second"])
+def test_answers_that_nobody_could_score_are_counted_where_there_are_some(at: int, chosen: str) -> None:
+    sets = [Named("plain", "harmful"), Named("second", "harmful")]
+    hits_ = {"asr": "10", "harmful": "00", "incoherent": "00"}
+    points = [Point("random", 0, (x,), {"plain": dict(hits_), "second": dict(hits_)}) for x in Lattice(FIVE).axes[0]]
+    points[at].hits[chosen]["unscored"] = "01"
+    result = landscape_result(model="m", scans=[FIVE], points=points, sets=sets, marks={}, confidence=0.95)
+    line = result["scans"]["random"]["directions"][0]
+    assert line["means"][chosen]["unscored"] == pytest.approx(0.5 / 5)
+    assert [p["rates"][chosen]["unscored"] for p in line["points"]] == [0.5 if k == at else 0 for k in range(5)]
+
+
+def test_the_official_figure_of_a_refined_line_is_of_the_full_grids_places() -> None:
+    rates = np.array([100.0, 50, 0, 0, 50, 100, 100, 100, 40])
+    numbers = line_numbers(list(np.linspace(-0.5, 0.5, 9)), rates, 50.0, every=2)
+    assert numbers["visage_official"] == visage_official(rates[::2]) != visage_official(rates)
+    fine, full = Lattice(Scan(refine=1.0)), Lattice(Scan())
+    assert fine.axes[0][:: fine.finer] == full.axes[0]
