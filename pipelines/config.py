@@ -110,7 +110,9 @@ class RunConfig(Section):
         problems += gate_problems(self.gate or (), self.evaluation)
         problems += visage_problems(self.gate or (), self.landscape, self.evaluation)
         if self.landscape is not None:
-            problems += landscape_problems(self.landscape, self.evaluation, unaligned=self.unaligned is not None)
+            problems += landscape_problems(
+                self.landscape, self.evaluation, self.execution, unaligned=self.unaligned is not None
+            )
         mask = self.mask.resolved
         trained = self.targets if self.mode == "merge" else tuple(sorted(own))
         bare = [f.name for t in trained for f in self.members(t) if f.anchor is None]

@@ -91,11 +91,13 @@ class RunState:
         return found[0] if found else None
 
     def failed_controls(self, finetune: str) -> dict[str, NodeState]:
-        """control -> what failed, of controls of a finetune (or what they stand on) that are missing for it."""
+        """What failed, of controls of a finetune (or what they stand on) that are missing for it: of each control one, by its
+        name; of landscapes, which are each for themselves, every one, by its step's."""
         theirs = (finetune, self.config.mask_owner(finetune), None)
         wanted = [s for s in self.nodes.values() if s.node.step.needs and s.node.finetune in theirs]
         wanted = [s for s in wanted if s.node.finetune in (finetune, None) or s.node.step.stage == "train_mask"]
-        return {s.node.step.needs: s for s in reversed(wanted) if s.error is not None}
+        failed = [s for s in reversed(wanted) if s.error is not None]
+        return {s.node.step.name if s.node.step.needs == "landscape" else s.node.step.needs: s for s in failed}
 
 
 def run_stages(config: RunConfig, workspace: Workspace, roots: Roots, watch: Watcher) -> RunState:

@@ -169,7 +169,8 @@ def _opened(model: Named, runtime: Runtime, dtype: str) -> Iterator[Answerer]:
     from ray_jobs.actors import Place, loaded
     from ray_jobs.answering import answering
 
-    place = Place(Path(model.place).resolve(), base=runtime.base and runtime.base.resolve())
+    base = runtime.base and runtime.base.resolve()
+    place = Place(Path(model.place).resolve(), base=base, tokenizer_dir=base)  # used where it has no tokenizer
     if runtime.actors == 1:
         yield loaded(place, runtime.device, dtype, runtime.batch_size)
         return

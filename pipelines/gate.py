@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from components.errors import EvaluationError, RealignError
+from components.errors import EvaluationError, RealignError, StorageError
 from components.evaluation.gates import VISAGE, Measured, Reference, decide
 from components.evaluation.outcomes import NamedSet, read_answers
 from components.records import Record
@@ -66,7 +66,10 @@ def _decided(run: RunState, entry: FinetuneSummary, in_service: InService) -> Ga
             entry.setdefault("notes", []).append(f"gate: {error}")
     model = _measured(run, own, sets)
     if drawn:
-        model = replace(model, landscape=drawn_of(run, name, "realigned"))
+        try:
+            model = replace(model, landscape=drawn_of(run, name, "realigned"))
+        except StorageError as error:
+            entry.setdefault("notes", []).append(f"gate: {error}")
     decision = decide(
         run.config.gate, model, references, confidence=settings.confidence, interval=settings.interval
     ).to_json()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +20,9 @@ from components.evaluation.outcomes import NamedSet
 from components.evaluation.settings import EvaluationSettings
 from components.landscape.settings import Scan
 from pipelines.config import load_sections
-from pipelines.evaluated_models import STATE, Named, Runtime, check_models, identity_of, named_models
+from pipelines.evaluated_models import Named, Runtime, check_models, named_models
 from pipelines.landscape_axes import Options, asked_settings, scans_of, with_targets
+from pipelines.landscape_files import RESULT, forget, remove_earlier, require_apart, state_dir, write_result
 from pipelines.landscape_section import LandscapeSection, named_tasks, set_problems
 from pipelines.sections import EvaluationSection
 
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from components.evaluation.prompts import PromptSet
     from components.landscape.schema import LandscapeResult
 
-RESULT, POINTS = "landscape.json", "points.jsonl"
 _TELL_SECONDS = 10.0
 """Between two lines of progress where no terminal is."""
 
@@ -73,25 +70,34 @@ class _Drawing:
         """The models that have a landscape; the others are marked in theirs."""
         return [one for one in self.given if scans_of(self.scans, one.name)]
 
+    def others(self, one: Named) -> list[Named]:
+        """What axes lead to, or is marked, in a model's landscape."""
+        return [other for other in self.models if other is not one]
+
+    def state_dir(self, one: Named) -> Path:
+        """See `landscape_files.state_dir`."""
+        return state_dir(self.out, [one, *self.others(one)], self.runtime, self.settings.judge)
+
 
 def landscape_command(
     models: Sequence[str], config: Path, out: Path, options: Options, runtime: Runtime, *, actors: int | None = None
 ) -> None:
     """Measure, write, print. `actors`: None takes as many as there are CPUs, on the CPU. Raises RealignError."""
     drawing = _prepared(models, config, out, options, runtime, actors)
-    for one in drawing.drawn:
-        for name in (RESULT, POINTS):
-            (out / one.name / name).unlink(missing_ok=True)  # what an earlier run said is not said of this one
+    states = {one.name: drawing.state_dir(one) for one in drawing.drawn}
+    remove_earlier(out, drawing.drawn, drawing.scans)
     how = _execution(drawing.runtime)
     with _processes(how):
-        results = {one.name: _drawn(one, drawing, how) for one in drawing.drawn}
+        found = {one.name: _drawn(one, drawing, how, states[one.name]) for one in drawing.drawn}
+    results = {name: result for name, (result, _) in found.items()}
+    notes = [f"{name}, {note}" for name, (_, some) in found.items() for note in some]
     from components.reporting.landscape_page import write_pictures
     from pipelines.landscape_text import told_lines
 
     pictures = write_pictures(out, results, title=", ".join(results))
     paths = [str(out / name / RESULT) for name in results]
-    sys.stdout.write("\n".join([*told_lines(results), *paths, *map(str, pictures)]) + "\n")
-    shutil.rmtree(out / STATE, ignore_errors=True)  # of an interrupted run alone: a place may hold another model later
+    sys.stdout.write("\n".join([*told_lines(results), *notes, *paths, *map(str, pictures)]) + "\n")
+    forget(list(states.values()))
 
 
 def _prepared(
@@ -105,8 +111,6 @@ def _prepared(
         raise ConfigError(
             f"{', '.join(served)}: a landscape moves a model's weights, so they must lie in a directory here"
         )
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: that is a file; give a directory")
     settings = asked_settings(options, chosen.landscape)
     problems = set_problems(settings.sets, chosen.evaluation)
     if problems:
@@ -115,22 +119,38 @@ def _prepared(
     drawn = [one for one in given if scans_of(scans, one.name)]
     if not drawn:
         raise ConfigError("nothing to draw: every axis leads to the only model there is; give another one")
-    runtime = replace(runtime, actors=actors or _default_actors(runtime, scans))
+    require_apart(out, drawn, named, runtime.base)
+    runtime = replace(runtime, actors=actors or 1)
     _check_device(runtime)
     check_models(named, runtime)
-    _require_comparable(named, runtime)
+    opened = _comparable(named, runtime)
     sets = _prompts(chosen.evaluation, settings.sets, settings.limit)
     fields = {name: getattr(chosen.evaluation, name) for name in EvaluationSettings.model_fields if name != "sets"}
     asked = EvaluationSettings(**{**fields, "dtype": runtime.dtype or chosen.evaluation.dtype})
     _require_judge(asked, runtime)
     capability = named_tasks(settings.sets, chosen.evaluation.capability)
     _require_tasks(capability)
+    if actors is None:
+        runtime = replace(runtime, actors=_default_actors(runtime, scans, opened, asked))
     return _Drawing(given, named, scans, sets, asked, capability, runtime, out)
 
 
-def _default_actors(runtime: Runtime, scans: Sequence[Scan]) -> int:
-    points = sum(scan.directions * scan.points ** len(scan.axes) for scan in scans)
-    return min(os.cpu_count() or 1, points) if runtime.device == "cpu" else 1
+def _default_actors(runtime: Runtime, scans: Sequence[Scan], model: Checkpoint, settings: EvaluationSettings) -> int:
+    """On the CPU as many as there are CPUs, points, and room in the memory for: each has a judge of its own, and the model
+    twice, as it came and as it is moved."""
+    if runtime.device != "cpu":
+        return 1
+    import torch
+
+    from components.evaluation.judges.models import resident_bytes
+    from components.masks.memory import PROCESS_HOST
+    from pipelines.machine import available_memory
+
+    points: int = sum(scan.directions * scan.points ** len(scan.axes) for scan in scans)
+    numel = sum(model.source.spec(name).numel for name in model.source.names())
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    each = PROCESS_HOST + 2 * numel * dtype.itemsize + resident_bytes(settings.judge)
+    return max(1, min(os.cpu_count() or 1, points, available_memory() // each))
 
 
 def _check_device(runtime: Runtime) -> None:
@@ -138,8 +158,9 @@ def _check_device(runtime: Runtime) -> None:
         raise ConfigError(f"--device {runtime.device}: points are measured on cpu or cuda, which of the GPUs Ray says")
 
 
-def _require_comparable(models: Sequence[Named], runtime: Runtime) -> None:
-    """Raises CheckpointError with all that keeps models from lying in one landscape: an axis, or a mark, is a difference."""
+def _comparable(models: Sequence[Named], runtime: Runtime) -> Checkpoint:
+    """The first of models with the same tensors. Raises CheckpointError with all that keeps models from lying in one landscape:
+    an axis, or a mark, is a difference."""
     from components.checkpoints.compare import compare
 
     opened = [(one.name, _checkpoint(Path(one.place).resolve(), runtime.base)) for one in models]
@@ -151,6 +172,7 @@ def _require_comparable(models: Sequence[Named], runtime: Runtime) -> None:
             for name, found in differing.items()
         ]
         raise CheckpointError("\n".join(told))
+    return reference
 
 
 def _prompts(evaluation: EvaluationSection, names: Sequence[str], limit: int | None) -> list[PromptSet]:
@@ -194,24 +216,22 @@ def _processes(how: EvaluationExecution) -> Iterator[None]:
         yield
 
 
-def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution) -> LandscapeResult:
-    """One model's landscape, which is written when it is whole."""
+def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution, state: Path) -> tuple[LandscapeResult, list[str]]:
+    """One model's landscape, which is written when it is whole, and what else is to be said of it."""
     import torch
 
-    from components.landscape.points import write_points
+    from components.landscape.points import unscored_notes
     from components.landscape.result import landscape_result
-    from components.storage import write_atomic
     from ray_jobs.actors import Place
     from ray_jobs.landscape_trials import Surveying, survey_points
 
-    runtime = drawing.runtime
+    runtime, path = drawing.runtime, Path(one.place).resolve()
     base = runtime.base.resolve() if runtime.base is not None else None
-    others = [other for other in drawing.models if other is not one]
     scans = scans_of(drawing.scans, one.name)
     points, marks = survey_points(
         Surveying(
-            place=Place(Path(one.place).resolve(), base=base),
-            sources={other.name: partial(_source, Path(other.place).resolve(), base) for other in others},
+            place=Place(path, base=base, tokenizer_dir=_checkpoint(path, base).tokenizer_dir),
+            sources={other.name: partial(_source, Path(other.place).resolve(), base) for other in drawing.others(one)},
             scans=scans,
             sets=tuple(drawing.sets),
             settings=drawing.settings,
@@ -221,7 +241,7 @@ def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution) -> Landscape
             capability=drawing.capability,
         ),
         how,
-        state_dir=drawing.out / STATE / _identity([one, *others], runtime),
+        state_dir=state,
         progress=_teller(one.name),
     )
     result = landscape_result(
@@ -232,10 +252,8 @@ def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution) -> Landscape
         marks=marks,
         confidence=drawing.settings.confidence,
     )
-    (drawing.out / one.name).mkdir(parents=True, exist_ok=True)
-    write_points(drawing.out / one.name / POINTS, points)
-    write_atomic(drawing.out / one.name / RESULT, json.dumps(result, indent=1) + "\n")
-    return result
+    write_result(drawing.out, one.name, result, points)
+    return result, unscored_notes(points)
 
 
 def _checkpoint(path: Path, base: Path | None) -> Checkpoint:
@@ -248,12 +266,6 @@ def _checkpoint(path: Path, base: Path | None) -> Checkpoint:
 def _source(path: Path, base: Path | None) -> TensorSource:
     """A model's weights, in whichever process asks."""
     return _checkpoint(path, base).source
-
-
-def _identity(models: Sequence[Named], runtime: Runtime) -> str:
-    """What tells that a place holds another model now."""
-    found = [[one.name, identity_of(one, runtime)] for one in models]
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:20]
 
 
 def _teller(name: str) -> Callable[[Mapping[str, Any]], None]:

@@ -12,9 +12,10 @@ from pydantic import Field
 
 from components.evaluation.capability.settings import CapabilitySettings
 from components.evaluation.gates import VISAGE, Requirement
+from components.evaluation.judges.settings import Judging, OwnModel, judges_in
 from components.evaluation.settings import SetSettings
 from components.landscape.settings import LandscapeSettings, Scan, TowardsAxis
-from pipelines.sections import EvaluationSection
+from pipelines.sections import EvaluationSection, ExecutionSection
 
 Model = Literal["aligned", "finetune", "realigned"]
 Drawn = Literal["aligned", "before", "between", "realigned"]
@@ -88,7 +89,9 @@ def named_tasks(named: Sequence[str], capability: CapabilitySettings | None) -> 
     return capability.model_copy(update={"tasks": tasks}) if capability is not None and tasks else None
 
 
-def landscape_problems(section: LandscapeSection, evaluation: EvaluationSection, *, unaligned: bool) -> list[str]:
+def landscape_problems(
+    section: LandscapeSection, evaluation: EvaluationSection, execution: ExecutionSection, *, unaligned: bool
+) -> list[str]:
     """What a run cannot draw. `unaligned`: whether it has that model."""
     problems = []
     names = sorted({name for names in KNOWN.values() for name in names})
@@ -107,7 +110,19 @@ def landscape_problems(section: LandscapeSection, evaluation: EvaluationSection,
                 f"landscape: scan {scan.name} leads to {', '.join(sorted(_leads_to(scan)))} and is drawn of none of the models "
                 f"{', '.join(section.drawn)}; a model is not drawn towards itself, nor a finetune towards its realigned model"
             )
-    return problems + set_problems(section.sets, evaluation)
+    return problems + set_problems(section.sets, evaluation) + _judge_problems(execution, evaluation.judge)
+
+
+def _judge_problems(execution: ExecutionSection, judge: Judging) -> list[str]:
+    """A judge's model that no actor could load: Ray shows GPUs only to those that asked for one."""
+    own = any(isinstance(one, OwnModel) for one in judges_in(judge))
+    how = execution.landscape
+    if not own or execution.judge.device == "cpu" or how.device != "cpu" or how.in_process:
+        return []
+    return [
+        f"execution.judge.device: {execution.judge.device}: every actor of execution.landscape loads the "
+        "judge's model and has no GPU; set execution.landscape.device: cuda, or the judge's to cpu"
+    ]
 
 
 def set_problems(named: Sequence[str], evaluation: EvaluationSection) -> list[str]:

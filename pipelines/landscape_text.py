@@ -8,6 +8,7 @@ from components.landscape.figures import FIGURES, figures_of
 from components.landscape.schema import LandscapeResult, ScanResult
 from components.reporting.schema import Figure
 
+_LARGE = 1e5
 _OFF = 0.99
 """From here on a model's place says nothing: it lies at a right angle."""
 
@@ -38,16 +39,24 @@ def _cell(figure: Figure | None, key: str) -> str:
     if figure is None:
         return "–"
     digits = 2 if key == "width" else 1
-    return f"{figure['value']:.{digits}f} ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
+    value, low, high = (_short(figure[name], digits) for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _short(value: float, digits: int = 2) -> str:
+    """A number as it is read; one too large, or too small, for that by its power of ten."""
+    return f"{value:.{digits}f}" if value == 0 or 1e-3 <= abs(value) < _LARGE else f"{value:.3g}"
 
 
 def _notes(name: str, scan: ScanResult) -> list[str]:
-    """Where the scan's other models lie, what was not finite, and how far a refined VISAGE may be off."""
+    """Where the model and the scan's other models lie, what was not finite, and how far a refined VISAGE may be off."""
     lines = []
+    if any(0 not in places for places in scan["grid"]):
+        lines.append(f"{name}, {scan['name']}: 0 is none of its places, so the model itself was measured besides")
     for one in scan["directions"]:
         near = [mark for mark in one["marks"] if mark["off"] < _OFF]
         for mark in near:
-            at = ", ".join(f"{x:.2f}" for x in mark["at"])
+            at = ", ".join(map(_short, mark["at"]))
             place = f"{mark['name']} lies at {at} (off by {mark['off']:.2f} of its distance)"
             lines.append(f"{name}, {scan['name']}: {place}")
         broken = sum(not point["finite"] for point in one["points"])

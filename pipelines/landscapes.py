@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from components.errors import StorageError
 from components.landscape.figures import FIGURES, figures_of
 from components.landscape.gating import Drawn
-from components.landscape.points import read_points
+from components.landscape.points import Point, read_points
 from components.landscape.schema import LandscapeResult
 from components.landscape.settings import Scan
 from components.records import Record
@@ -47,17 +48,29 @@ def visage_scan(run: RunState) -> Scan | None:
 
 
 def drawn_of(run: RunState, name: str, whose: Literal["aligned", "finetune", "realigned"]) -> Drawn | None:
-    """The random scan of one of a finetune's models, None where it was not drawn."""
+    """The random scan of one of a finetune's models, None where it was not drawn. Raises StorageError for points that are
+    missing or damaged."""
     section, scan = run.config.landscape, visage_scan(run)
     step = {"aligned": ALIGNED, "finetune": STEPS["before"], "realigned": STEPS["realigned"]}[whose]
     record = run.record(None if whose == "aligned" else name, step)
     if section is None or scan is None or record is None:
         return None
-    points = [point for point in read_points(run.result_dir(record) / POINTS) if point.scan == scan.name]
+    points = [point for point in _points(run.result_dir(record) / POINTS) if point.scan == scan.name]
     sets = section.sets_of(run.config.sets_of(name), whose=name)
     harmful = [one for one in record.semantics["sets"] if one["kind"] == "harmful"]
     asked = [record.semantics["evaluation"], record.semantics["landscape"]["limit"], harmful]
     return Drawn(scan, points, sets, asked)
+
+
+def _points(path: Path) -> list[Point]:
+    try:
+        with storage_errors(path):
+            found = read_points(path)
+    except (ValueError, KeyError, TypeError):
+        found = []
+    if not found:  # a landscape has some
+        raise StorageError(f"{path}: missing or damaged; remove {path.parent} and run again to draw it anew")
+    return found
 
 
 def landscape_metrics(prefix: str, found: LandscapeSummary | None) -> dict[str, float]:

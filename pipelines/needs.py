@@ -159,8 +159,8 @@ def _evaluate(node: Node, s: Sizes) -> StageNeed:
 
 
 def _landscape(node: Node, s: Sizes) -> StageNeed:
-    """Every actor with the model twice, as it came and as it is moved; all points of the grids, though refinement may need
-    fewer. A point's weights are made in fp64, a block at a time."""
+    """Every actor with a judge of its own and the model twice, as it came and as it is moved; all points of the grids, though
+    refinement may need fewer. A point's weights are made in fp64, a block at a time."""
     section, how, model = s.config.landscape, s.config.execution.landscape, s.model(node.finetune)
     assert section is not None
     seconds, beside = _answering(node, s, section.limit)
@@ -168,7 +168,7 @@ def _landscape(node: Node, s: Sizes) -> StageNeed:
     moved = s.streamed(32.0 * model.parameters)
     on_cpu = how.device == "cpu"
     gpus = 0 if on_cpu else how.actors * how.devices
-    host = how.actors * (PROCESS_HOST + (2 * model.wide + beside if on_cpu else 0)) + _judging(s)
+    host = how.actors * (PROCESS_HOST + (2 * model.wide + beside if on_cpu else 0) + _judging(s))
     device = 0 if on_cpu else (2 * model.wide + beside) // how.devices
     return StageNeed(
         "",

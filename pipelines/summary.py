@@ -78,9 +78,11 @@ def _notes(run: RunState, name: str) -> list[str]:
 
 
 def _extra(run: RunState, what: str) -> str:
-    """How the extra is called that a step is `needs` of."""
+    """How the extra is called that `failed_controls` has under this name."""
+    if what.startswith("landscape"):
+        return "a landscape"
     if what != "unaligned":
-        return {"adapter": "the adapter", "landscape": "a landscape"}.get(what, f"control {what}")
+        return {"adapter": "the adapter"}.get(what, f"control {what}")
     control = "resta" in run.config.fusion.controls
     drawn = run.config.landscape is not None and "unaligned" in run.config.landscape.models
     return " and ".join([*(["control resta"] if control else []), *(["a landscape"] if drawn else [])])

@@ -12,7 +12,7 @@ from components.checkpoints.source import TensorSource
 from components.evaluation.choose import choose_form
 from components.evaluation.execution import EvaluationExecution
 from components.evaluation.judges.settings import JudgeExecution
-from components.landscape.points import write_points
+from components.landscape.points import unscored_notes, write_points
 from components.landscape.result import landscape_result
 from components.landscape.schema import POOLED, LandscapeResult
 from components.landscape.settings import LandscapeSettings
@@ -56,7 +56,8 @@ def run(context: StageContext) -> Outcome:
     (context.out / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     write_pictures(context.out, {own: result}, title=f"Safety landscape: {own}")
     notes = [note for one in surveying.sets for note in one.notes]
-    return Outcome(metrics=_metrics(result, sum(point.seconds for point in points), len(points)), notes=notes)
+    metrics = _metrics(result, sum(point.seconds for point in points), len(points))
+    return Outcome(metrics=metrics, notes=notes + unscored_notes(points))
 
 
 def _surveying(context: StageContext, settings: LandscapeSettings) -> tuple[str, Surveying]:
@@ -96,8 +97,9 @@ def _roles(context: StageContext) -> dict[str, str]:
 def _opened(context: StageContext, role: str) -> Checkpoint:
     if role in _ROOTS.values():
         return checkpoint(context, role, whole=True)
-    # What is fused of adapters is an adapter.
-    return open_checkpoint(context.parent_dir(role) / "model", base=context.spec.execution.get("base"))
+    # What is fused of adapters is an adapter, over the base that this run gave it.
+    base = context.spec.execution.get("base")
+    return open_checkpoint(context.parent_dir(role) / "model", base=base, base_declared_equal=True)
 
 
 def _source(plain: dict[str, Any], role: str) -> TensorSource:

@@ -16,11 +16,11 @@ from components.evaluation.judges.settings import JudgeExecution
 from components.evaluation.outcomes import NamedSet
 from components.evaluation.prompts import PromptSet
 from components.evaluation.settings import EvaluationSettings
-from components.landscape.points import Ask, Point, read_points, write_points
+from components.landscape.points import Ask, Point, points_text, read_points
 from components.landscape.schema import Mark
 from components.landscape.settings import Scan
 from components.landscape.survey import Survey
-from components.storage import Progress, storage_errors
+from components.storage import Progress, storage_errors, write_atomic
 from ray_jobs.actors import Place, loaded
 
 if TYPE_CHECKING:
@@ -165,12 +165,13 @@ class Course:
             last = {(one.scan, one.direction): one for one in points}
             missing = [one for line, one in last.items() if line not in marks]
             points = [one for one in points if one not in missing]
-        # Written anew: what is added goes behind whole lines.
-        write_points(self.state_dir / POINTS, points)
-        (self.state_dir / _MARKS).write_text(
-            "".join(json.dumps([*line, found]) + "\n" for line, found in marks.items())
-        )
-        (self.state_dir / _ASKED).write_text(json.dumps(identity))
+        # Written anew: what is added goes behind whole lines. Each file whole or not at all, and points of another survey gone
+        # before this one's name is there: a kill in between loses nothing that is of use.
+        if not points:
+            (self.state_dir / _ASKED).unlink(missing_ok=True)
+        written = {POINTS: points_text(points), _MARKS: _marks_text(marks), _ASKED: json.dumps(identity)}
+        for name, text in written.items():
+            write_atomic(self.state_dir / name, text)
         return points, marks
 
 
@@ -211,6 +212,10 @@ def _read(state_dir: Path, identity: str) -> tuple[list[Point], dict[Line, list[
         return read_points(state_dir / POINTS), marks
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return [], {}
+
+
+def _marks_text(marks: Mapping[Line, list[Mark]]) -> str:
+    return "".join(json.dumps([*line, found]) + "\n" for line, found in marks.items())
 
 
 def _add(path: Path, line: Any) -> None:

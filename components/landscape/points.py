@@ -58,12 +58,32 @@ class Point:
         return Point(**{**plain, "at": tuple(plain["at"])})
 
 
-def write_points(path: Path, points: Sequence[Point]) -> None:
+def points_text(points: Sequence[Point]) -> str:
     """One line a point, in the order of scan, direction and place."""
-    path.write_text("".join(json.dumps(p.to_json()) + "\n" for p in sorted(points, key=lambda p: p.ask)))
+    return "".join(json.dumps(p.to_json()) + "\n" for p in sorted(points, key=lambda p: p.ask))
+
+
+def write_points(path: Path, points: Sequence[Point]) -> None:
+    """A points file; see `points_text`."""
+    path.write_text(points_text(points))
 
 
 def read_points(path: Path) -> list[Point]:
     """The lines of a points file; a last one that was cut off is left out."""
     lines = path.read_text().split("\n") if path.is_file() else []
     return [Point.of_json(json.loads(line)) for line in lines[:-1]]
+
+
+def unscored_notes(points: Sequence[Point]) -> list[str]:
+    """A line for each set with answers that nobody could score, counted over all points."""
+    found: dict[str, tuple[int, int]] = {}
+    for point in points:
+        for name, by_metric in point.hits.items():
+            unscored, asked = found.get(name, (0, 0))
+            prompts = max((len(hit) for hit in by_metric.values()), default=0)
+            found[name] = unscored + by_metric.get("unscored", "").count("1"), asked + prompts
+    return [
+        f"{name}: {unscored} of {asked} answers at all points together unscored, which never count as safe"
+        for name, (unscored, asked) in found.items()
+        if unscored
+    ]

@@ -199,3 +199,19 @@ def test_a_landscape_that_fails_is_told_and_shuts_the_gate(finished: Finished, t
     summary = read_summary(tmp_path / "w" / "summary.json")
     assert summary["finetunes"][0]["status"] == "done"
     assert "landscape" not in summary
+
+
+def test_damaged_points_shut_the_gate_with_a_reason(finished: Finished, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished.workspace, tmp_path / "w", ignore=shutil.ignore_patterns("mlflow*", "mlartifacts"))
+    realigned = Path(finished.zh["landscape"]["realigned"]["path"]).relative_to(finished.workspace).parent
+    points = tmp_path / "w" / realigned / "points.jsonl"
+    points.write_text("no JSON\n" + points.read_text())
+    gate = [{"metric": "visage", "at_least": 0}, {"metric": "asr", "at_most": 1}]
+    done = run(write_config(tmp_path, {**finished.config, "gate": gate}), tmp_path / "w")
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    [entry] = read_summary(tmp_path / "w" / "summary.json")["finetunes"]
+    assert [one["passed"] for one in entry["gate"]["findings"]] == [False, True]
+    assert any(f"gate: {points}: missing or damaged" in note for note in entry["notes"])

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from components.checkpoints.adapters import LoraSource
 from components.errors import ConfigError
+from components.evaluation.judges.settings import ClassifierSettings
 from components.masks.memory import PROCESS_HOST
 from components.masks.zero import MaskExecution
 from pipelines.config import RunConfig, load_config
@@ -324,13 +325,18 @@ def test_a_landscape_is_every_point_of_its_grids(tmp_path: Path) -> None:
     landscape = {"limit": 1, "models": ["aligned"], "scans": [{"directions": 2, "points": 5}, plane]}
     execution = {"mask": CUDA, "landscape": {"actors": 2}}
     mask = {"settings": {"dtype": "bfloat16"}}
-    found = planned(load_config(hollow_config(tmp_path, "7b", mask=mask, execution=execution, landscape=landscape)))
+    config = load_config(hollow_config(tmp_path, "7b", mask=mask, execution=execution, landscape=landscape))
+    found = planned(config)
     drawn, evaluated = stage(found, "landscape_aligned"), stage(found, "evaluate_aligned")
     parameters = PARAMETERS["7b"]
     answered = evaluated.seconds - 2 * 4 * parameters / RATES.bytes  # the same prompt; less the loading
     assert drawn.seconds == pytest.approx((2 * 5 + 4 * 4) * (answered + 32 * parameters / RATES.bytes) / 2)
     assert drawn.host == 2 * (evaluated.host + 4 * parameters)  # two actors, each with the model twice
     assert drawn.cpus == 2
+    settings = ClassifierSettings(kind="classifier", model=str(tmp_path / "guard"), labels={"a": "complied"})
+    hollow_llama(tmp_path / "guard", SHAPES["7b"])
+    judged = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"judge": settings})})
+    assert stage(planned(judged), "landscape_aligned").host == drawn.host + 2 * 4 * parameters  # each loads its own
 
 
 def test_every_stage_of_the_graph_is_estimated() -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from components.checkpoints.identity import identify
 from components.checkpoints.reference import open_checkpoint
+from components.errors import CheckpointError
 from components.evaluation.evaluate import evaluate
 from components.evaluation.execution import EvaluationExecution
+from components.evaluation.generate import load_model
 from components.evaluation.prompts import load_prompt_set
 from components.evaluation.settings import EvaluationSettings, SetSettings
 from components.fusion.settings import FusionSettings
 from components.landscape.points import Ask, read_points
 from components.landscape.settings import LandscapeSettings, RandomAxis, Scan, TowardsAxis
+from components.storage import Attempt, Workspace
 from ray_jobs.actors import Place, loaded
-from ray_jobs.stage import StageSpec, run_stage
+from ray_jobs.landscape import _opened
+from ray_jobs.stage import StageContext, StageSpec, parents_of, run_stage
 from tests.families import minute_family
 
 pytestmark = pytest.mark.xdist_group("run")
@@ -153,3 +158,22 @@ def test_an_aligned_models_landscape_knows_no_finetune(workspace: Path) -> None:
     assert "finetune" in answer["error"]["message"]
     record = done(landscape(workspace, "aligned", SCANS[1:]))
     assert record["metrics"]["model"] == "aligned"
+
+
+def test_a_fused_adapter_is_over_the_base_that_the_run_gave_it(workspace: Path, tmp_path: Path) -> None:
+    """Whatever it calls that: a base in another place, or of the hub, may be the same model."""
+    base, spec = minute_family() / "aligned", landscape(workspace, "realigned")
+    record = parents_of(spec, Workspace(workspace))["fuse_soft"]
+    fused = Workspace(tmp_path).result_dir(record.stage, record.fingerprint) / "model"
+    model, tokenizer = load_model(base)
+    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter.save_pretrained(fused)
+    written = json.loads((fused / "adapter_config.json").read_text())
+    (fused / "adapter_config.json").write_text(json.dumps({**written, "base_model_name_or_path": "owner/another-name"}))
+    tokenizer.save_pretrained(fused)
+    with pytest.raises(CheckpointError, match="another-name"):
+        open_checkpoint(fused, base=base)
+    spec = spec.model_copy(update={"execution": {**spec.execution, "base": str(base)}})
+    context = StageContext(spec, Workspace(tmp_path), cast("Attempt", None), {"fuse_soft": record})
+    opened = _opened(context, "fuse_soft")
+    assert (opened.path, opened.kind) == (fused, "adapter")
