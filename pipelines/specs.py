@@ -218,7 +218,9 @@ def _landscape(node: Node, config: RunConfig, roots: Roots) -> Parts:
     if config.aligned_base is not None:
         execution["base"] = str(config.aligned_base)  # what is fused of adapters is an adapter
     how = config.execution.landscape
-    execution |= {"evaluation": how.model_dump(mode="json"), "spread": not how.in_process}
+    # As many as its processes want: a landscape may take hours, and others' processes would wait for room in vain.
+    spread = 0 if how.in_process else how.actors * config.execution.threads
+    execution |= {"evaluation": how.model_dump(mode="json"), "spread": spread}
     return semantics | evaluation, {**execution, **judging, "batch_size": config.execution.batch_size}
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,6 +233,8 @@ def _tuner(
 ) -> tune.Tuner:
     needs = resources_of(execution, surveying.threads)
     trainable = tune.with_parameters(Measuring, surveying=surveying, device=needs.device)
+    # Tune keeps trainables by name for all of a Ray job: two surveys at once would measure each other's models.
+    trainable.__name__ = f"{Measuring.__name__}-{uuid.uuid4().hex}"
     return tune.Tuner(
         tune.with_resources(trainable, {"cpu": needs.cpus, "gpu": needs.gpus}),
         tune_config=tune.TuneConfig(

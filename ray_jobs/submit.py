@@ -24,7 +24,8 @@ _OBJECT_STORE_BYTES = 128 * 2**20  # only specs and records travel through Ray
 
 
 _SPREAD = "spread_stage"
-"""Resource that a stage takes which waits for processes of its own: no more of them are begun than there are CPUs."""
+"""Resource that a stage takes which waits for processes of its own: one, or as many as CPUs that those take. No more are
+begun than there are CPUs."""
 
 
 @dataclass
@@ -46,9 +47,10 @@ class RayRunner:
             self._start()
         threads = int(spec.execution.get("threads", 1))
         others = {}
-        if spec.execution.get("spread"):
+        spread = int(spec.execution.get("spread", 0))
+        if spread:
             threads = 0  # the stage waits for processes that ask for CPUs themselves
-            others = {_SPREAD: 1.0}
+            others = {_SPREAD: float(min(spread, self.cpus))}
         name = f"{spec.stage}/{spec.fingerprint}"
         task = self._task.options(num_cpus=min(threads, self.cpus), resources=others, max_retries=0, name=name)
         self._pending[task.remote(spec.model_dump_json())] = _Pending(spec, tries)

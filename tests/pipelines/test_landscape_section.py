@@ -144,6 +144,6 @@ def test_what_decides_a_landscape_is_in_its_spec(place: Path) -> None:  # noqa: 
     spec = specs["zh/landscape"]
     assert (spec.semantics["landscape"]["limit"], spec.semantics["landscape"]["sets"]) == (7, ["harmful", "zh"])
     assert (spec.semantics["variant"], spec.semantics["select"]) == ("realigned", "auto")
-    assert spec.execution["spread"]
+    assert spec.execution["spread"] == 3
     again = build_spec(nodes["zh/landscape"], config=loaded(place, text), roots=roots, parents={}, workspace=place)
     assert again.fingerprint == spec.fingerprint  # actors change no result

@@ -76,6 +76,38 @@ def rounds(directory: Path) -> list[int]:
     return [len(points), len({point.seconds for point in points})]
 
 
+class Marked(Slow):
+    """Says which survey it is of."""
+
+    def __init__(self, mark: int) -> None:
+        self.mark = mark
+
+    def measure(self, ask: Ask, keep_going: Callable[[], None] | None = None) -> Point:
+        return replace(super().measure(ask), seconds=self.mark)
+
+
+class MarkedSurveying(Surveying):
+    def surveyor(self, device: str) -> Any:
+        return Marked(self.batch_size)
+
+
+def together(directory: Path) -> list[list[float]]:
+    """Whose models measured each of two surveys that go on at once in one Ray, as those of a run's stages do."""
+    import ray
+
+    def one(mark: int) -> list[float]:
+        asked = surveying(directory)
+        scan = Scan(name="line", points=3)
+        marked = MarkedSurveying(asked.place, {}, (scan,), asked.sets, asked.settings, batch_size=mark)
+        state = directory / f"together {mark}"
+        points, _ = survey_points(marked, EvaluationExecution(device="cpu", actors=2), state_dir=state)
+        return sorted({point.seconds for point in points})
+
+    task = ray.remote(one)
+    found: list[list[float]] = ray.get([task.options(num_cpus=0).remote(mark) for mark in (1, 2)])
+    return found
+
+
 def holders() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Measuring")]
 
@@ -134,6 +166,7 @@ def failed(directory: Path, state: str, **more: Any) -> list[Any]:
 def see(directory: Path) -> dict[str, Any]:
     killing = Watching(3, murder)
     seen: dict[str, Any] = {"two": survey(directory, 2, "two"), "rounds": rounds(directory)}
+    seen["together"] = together(directory)
     before = (directory / "killed" / POINTS).read_text().count("\n")
     with (directory / "killed" / POINTS).open("a") as file:
         file.write('{"scan": "grid", "dir')  # what a process wrote when it was killed

@@ -69,6 +69,10 @@ def test_actors_keep_their_model_between_the_rounds_of_a_refined_scan(seen: dict
     assert processes == 2
 
 
+def test_surveys_at_once_measure_their_own_models(seen: dict[str, Any]) -> None:
+    assert seen["together"] == [[1], [2]]
+
+
 def test_marks_come_with_the_points(seen: dict[str, Any]) -> None:
     marks = {(scan, direction): found for scan, direction, found in seen["here"]["marks"]}
     assert set(marks) == {("grid", 0), ("fine", 0), ("fine", 1)}
