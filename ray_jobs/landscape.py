@@ -29,9 +29,8 @@ _ROOTS = {"aligned": "load_aligned", "finetune": "load", "unaligned": "load_unal
 
 
 def run(context: StageContext) -> Outcome:
-    """Writes `points.jsonl`, `landscape.json` and its pictures; metrics are every scan's figures over its directions."""
-    from components.reporting.landscape_page import write_pictures
-
+    """Writes `points.jsonl` and `landscape.json`; metrics are every scan's figures over its directions. Pictures are the run's:
+    a line that is drawn otherwise must not have all points measured again."""
     judge(context)  # a judge's model that is not the one hashed is told here, and not by every actor
     semantics, execution = context.spec.semantics, context.spec.execution
     settings = LandscapeSettings(**semantics["landscape"])
@@ -54,7 +53,6 @@ def run(context: StageContext) -> Outcome:
     # How long a point took stands in the record; the outputs are the same bytes whoever measured it.
     write_points(context.out / POINTS, [replace(point, seconds=0.0) for point in points])
     (context.out / RESULT).write_text(json.dumps(result, indent=1) + "\n")
-    write_pictures(context.out, {own: result}, title=f"Safety landscape: {own}")
     notes = [note for one in surveying.sets for note in one.notes]
     metrics = _metrics(result, sum(point.seconds for point in points), len(points))
     return Outcome(metrics=metrics, notes=notes + unscored_notes(points))
