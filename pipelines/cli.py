@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from components.errors import ConfigError, RealignError
+from pipelines.interrupts import interruptible
 
 app = typer.Typer(
     name="realign",
@@ -48,7 +46,7 @@ def run(
 
     Run it again to continue: what has a record is not run again.
     """
-    with _interruptible("the same command continues"):
+    with interruptible("the same command continues"):
         from pipelines.config import load_config
         from pipelines.run import realign
 
@@ -177,7 +175,7 @@ def fuse(
 
     The model has its name when it is whole; run the same command again to go on after an interruption.
     """
-    with _interruptible("the same command continues"):
+    with interruptible("the same command continues"):
         from pipelines.fuse_command import Typed, fuse_typed
 
         fuse_typed(
@@ -242,7 +240,7 @@ def evaluate(
     if not models or config is None or out is None:
         raise ConfigError("give models, --config and --out, or --how-many")
     _require_dtype(dtype)
-    with _interruptible("the same command continues"):
+    with interruptible("the same command continues"):
         evaluate_command(models, config, out, Runtime(base, device, dtype, batch_size, actors, devices, key_variable))
 
 
@@ -305,7 +303,7 @@ def landscape(
 
     _require_dtype(dtype)
     options = Options(axes or (), points, bounds, refine, prompts, sets)
-    with _interruptible("the same command continues"):
+    with interruptible("the same command continues"):
         runtime = Runtime(base, device, dtype, batch_size, devices=devices)
         landscape_command(models, config, out, options, runtime, actors=actors)
 
@@ -339,7 +337,7 @@ def testbed_build(
     architecture: Annotated[Architecture, typer.Option(help="Which architecture.")] = Architecture.llama,
 ) -> None:
     """Train a family: unaligned and aligned model, finetunes, data, and a run config for `realign run`."""
-    with _interruptible("the same command continues after the last phase that ended"):
+    with interruptible("the same command continues after the last phase that ended"):
         from components.testbed.family import build_family
 
         where = build_family(
@@ -367,27 +365,6 @@ def _cache() -> Path:
     """Where things are kept that any run may use again."""
     given = os.environ.get("REALIGN_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "safety-realign"
-
-
-@contextmanager
-def _interruptible(remedy: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM (Kubernetes, systemd, `timeout`) end a command with a sentence and the exit code that shells give
-    such an end."""
-    received = [signal.SIGINT]
-
-    def terminate(_signal: int, _frame: object) -> None:
-        received.append(signal.SIGTERM)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except KeyboardInterrupt:
-        word = "interrupted" if received[-1] is signal.SIGINT else "terminated"
-        sys.stderr.write(f"realign: {word}; {remedy}\n")
-        raise typer.Exit(128 + received[-1]) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> None:
