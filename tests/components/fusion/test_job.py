@@ -188,7 +188,8 @@ def _journalled(out: Path) -> int:
 @pytest.mark.usefixtures("small_parts")
 def test_killed_at_any_moment_leaves_no_half_model_and_no_processes(family: Path, tmp_path: Path) -> None:
     wanted, out = recipe(family), tmp_path / "out"
-    for lines in (2, 10, 25):
+    for more in (2, 8, 15):
+        lines = _journalled(out) + more  # a busy machine may have let the last one get further than asked
         process = _begin(wanted, out)
         while _journalled(out) < lines:
             assert process.poll() is None, process.communicate()
