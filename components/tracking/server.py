@@ -6,11 +6,12 @@ import base64
 import contextlib
 import json
 import os
+import random
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ _ABANDONED_SECONDS = 600.0
 """Age from which a database that was not finished belongs to a dead process."""
 _REQUESTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """mlflow by itself asks a server that is gone for four minutes; whoever sets these gets what they set."""
+
+
+_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+_CROWDED = ("UNIQUE constraint", "duplicate key", "Duplicate entry", "database is locked", "Giving up after", "eadlock")
+_TRIES = 8
+_PAUSE_S = 0.2
 
 
 class TrackingUnavailableError(TrackingError):
@@ -48,6 +55,7 @@ class Server:
         import mlflow
 
         tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+        given = {key: os.environ.get(key) for key in _ADDRESSES}
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
         try:
@@ -55,6 +63,7 @@ class Server:
         finally:
             mlflow.set_tracking_uri(tracking)
             mlflow.set_registry_uri(registry)
+            _restore(given)  # mlflow writes them there, too, and every process that is started inherits them
 
 
 def default_uri(workspace: Path) -> str:
@@ -217,9 +226,15 @@ def _bounded() -> Iterator[None]:
     try:
         yield
     finally:
-        for key, value in given.items():
-            if value is None:
-                os.environ.pop(key, None)
+        _restore(given)
+
+
+def _restore(given: Mapping[str, str | None]) -> None:
+    for key, value in given.items():
+        if value is None:
+            os.environ.pop(key, None)
+        else:
+            os.environ[key] = value
 
 
 @contextlib.contextmanager
@@ -234,6 +249,27 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         MLFLOW_LOGGING_STREAM.enabled = shown
+
+
+def again(action: Callable[[], None]) -> None:
+    """Do what may be done twice, and once more where it met another who wrote the same: MLflow looks first whether a tag or an
+    alias is there and then inserts it, and of two who do so at once one is refused by the database."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for left in reversed(range(_TRIES)):
+        try:
+            return action()
+        except (MlflowException, SQLAlchemyError) as error:
+            if left == 0 or not crowded(error):
+                raise
+        time.sleep(random.uniform(0, _PAUSE_S))
+    return None
+
+
+def crowded(error: Exception) -> bool:
+    """Whether a write failed for no other reason than that others wrote at the same time."""
+    return any(sign in str(error) for sign in _CROWDED)
 
 
 def error_code(error: Exception) -> str:
