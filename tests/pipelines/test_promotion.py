@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from components.evaluation.metrics import paired_difference, wilson
 from components.tracking import CHAMPION, GATE_TAG, PREVIOUS, Registry, Tracker, default_uri
 from components.tracking.names import FINDINGS_TAG
 from components.tracking.promotions import Ledger, Service
+from pipelines.cli import main
 from pipelines.promotion import promote, roll_back
 from tests.mlflow_server import ADMIN, MlflowServer
 from tests.pipelines.versions import ASR, NO_WORSE, PROMPTS, register
@@ -64,10 +65,14 @@ def aliases(registry: Registry, name: str) -> tuple[int | None, int | None]:
     return found.get(CHAMPION), found.get(PREVIOUS)
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments], capture_output=True, text=True, check=False
-    )
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """`realign` in this process, where mlflow is imported already: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["realign", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0), *capfd.readouterr()
 
 
 def test_promote_and_go_back(tracker: Tracker, name: str, tmp_path: Path) -> None:
@@ -275,25 +280,33 @@ def test_what_a_landscape_said_stands_as_it_was_decided(local: Tracker, name: st
         promote(local, name)
 
 
-def test_commands(database: str, local: Tracker, name: str, tmp_path: Path) -> None:
+def test_commands(
+    database: str,
+    local: Tracker,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     where = ("--tracking-uri", database)
     register(local, name, tmp_path, "a", complied=(0,))
     register(local, name, tmp_path, "b")
     register(local, name, tmp_path, "bad", complied=range(20))
-    done = command("promote", name, "--version", "1", *where)
-    assert (done.returncode, done.stdout) == (
-        0, f"{name} version 1 is in service (champion); before it nothing was\n",
-    ), done.stderr  # fmt: skip
-    done = command("promote", name, "--version", "2", *where)
-    assert done.stdout == f"{name} version 2 is in service (champion); before it version 1 (previous)\n", done.stderr
-    done = command("promote", name, *where)
-    assert done.returncode == 3
-    assert "asr at most 0.2: 50.0 % of 40 prompts" in done.stderr
-    assert "Traceback" not in done.stderr
-    done = command("rollback", name, *where)
-    assert (done.returncode, aliases(local, name)) == (0, (1, 2)), done.stderr
-    done = command("models", name, "--json", *where)
-    [model] = json.loads(done.stdout)
+    do = partial(command, monkeypatch, capfd)
+    said = f"{name} version 1 is in service (champion); before it nothing was\n"
+    assert do("promote", name, "--version", "1", *where) == (0, said, "")
+    said = f"{name} version 2 is in service (champion); before it version 1 (previous)\n"
+    assert do("promote", name, "--version", "2", *where) == (0, said, "")
+    assert do("promote", name, "--version", "2", *where)[1] == f"{name} version 2 is in service already (champion)\n"
+    status, _, error = do("promote", name, *where)
+    assert status == 3
+    assert error.startswith(
+        f"realign: {name} version 3 is not promoted, its gate is shut: asr at most 0.2: 50.0 % of 40"
+    )
+    assert do("rollback", name, *where)[0] == 0
+    assert aliases(local, name) == (1, 2)
+    [model] = json.loads(do("models", name, "--json", *where)[1])
     shown = {one["version"]: (one["aliases"], one["gate"], one["rates"]) for one in model["versions"]}
     assert shown == {
         1: (["champion"], "passed", {"asr": 1 / PROMPTS}),
@@ -301,8 +314,11 @@ def test_commands(database: str, local: Tracker, name: str, tmp_path: Path) -> N
         3: (["candidate"], "shut", {"asr": 0.5}),
     }
     assert model["versions"][0]["weights"] == (tmp_path / "fuse" / "bad" / "model").as_uri()
-    done = command("models", *where)
-    assert "  version 1 (champion): gate passed; asr 2.5 %; soft" in done.stdout
-    assert ".promotions" not in done.stdout
-    done = command("promote", name, "--workspace", str(tmp_path))
-    assert (done.returncode, "has no mlflow.db; give --workspace of a run, --tracking-uri" in done.stderr) == (2, True)
+    lines = do("models", *where)[1]
+    assert "  version 1 (champion): gate passed; asr 2.5 %; soft" in lines
+    assert "    ✗ asr at most 0.2: 50.0 % of 40 prompts" in lines
+    assert ".promotions" not in lines
+    status, _, error = do("promote", name, "--workspace", str(tmp_path))
+    assert (status, "has no mlflow.db; give --workspace of a run, --tracking-uri" in error) == (2, True)
+    status, _, error = do("models", "--tracking-uri", f"sqlite:///{tmp_path}/typo.db")
+    assert (status, "there is no database" in error, (tmp_path / "typo.db").exists()) == (2, True, False)

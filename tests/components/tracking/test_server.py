@@ -45,10 +45,13 @@ def asked(name: str, run_id: str) -> Registered:
 @pytest.mark.service
 def test_wrong_or_missing_names_are_said(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log_in(monkeypatch, "ann", "guessed")
-    with pytest.raises(TrackingError, match=r"does not take the name or password of ann \(401\); correct MLFLOW_TRACK"):
+    with pytest.raises(
+        TrackingError, match=r"does not take the name and password of ann \(401\); correct MLFLOW_TRACK"
+    ):
         Tracker(uri=server.uri, experiment="x", workspace=tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where mlflow's credentials file would lie
     with pytest.raises(TrackingError, match=r"asks who you are \(401\); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACK"):
         Tracker(uri=server.uri, experiment="x", workspace=tmp_path)
 
@@ -91,27 +94,6 @@ def test_rights_that_are_missing_are_named_and_suffice_once_granted(
     assert bob.aliases("of-ann") == {"candidate": 2, "champion": 2, "previous": 1}
 
 
-@pytest.mark.service
-def test_a_server_that_goes_away_is_told_from_one_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.delenv(variable, raising=False)
-    server = MlflowServer(tmp_path).start()
-    try:
-        tracker = Tracker(uri=server.uri, experiment="away", workspace=tmp_path)
-        first = tracker.project(RUN, ended=False)
-        server.kill()
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        with pytest.raises(TrackingUnavailableError, match=r"went away: .* run again when it is back"):
-            tracker.project(RUN)
-        with pytest.raises(TrackingUnavailableError, match="no tracking server answers at"):
-            Registry(server.uri)
-        server.start()
-        assert tracker.project(RUN) == first
-        assert tracker.client.get_run(first[""]).info.status == "FINISHED"
-    finally:
-        server.kill()
-
-
 class _OfVersion2(BaseHTTPRequestHandler):
     """Answers as MLflow 2 does to what is asked before anything else."""
 
@@ -136,3 +118,21 @@ def test_a_server_of_another_major_version_is_refused(tmp_path: Path) -> None:
         ):
             Tracker(uri=uri, experiment="x", workspace=tmp_path)
         old.shutdown()
+
+
+@pytest.mark.service
+def test_a_server_that_goes_away_is_told_from_one_that_refuses(
+    server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_in(monkeypatch, "ann")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    tracker = Tracker(uri=server.uri, experiment="away", workspace=tmp_path)
+    first = tracker.project(RUN, ended=False)
+    server.kill()
+    with pytest.raises(TrackingUnavailableError, match=r"went away: .* run again when it is back"):
+        tracker.project(RUN)
+    with pytest.raises(TrackingUnavailableError, match="no tracking server answers at"):
+        Registry(server.uri)
+    server.start()
+    assert tracker.project(RUN) == first
+    assert tracker.client.get_run(first[""]).info.status == "FINISHED"
