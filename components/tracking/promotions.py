@@ -35,6 +35,7 @@ _VERSION, _FROM, _AFTER, _KIND, _TOKEN = (
 )
 _APPLIED = "realign.promotion.applied"
 _TRIES = 8
+_PAGE = 200
 _PAUSE_S = 0.2
 
 
@@ -99,8 +100,9 @@ class Ledger:
     def entries(self) -> dict[int, Entry]:
         """The whole ledger by number; empty where nothing was ever promoted."""
         with talking(self.registry.uri, self._about):
-            query, client = f"name = '{self.model}'", self.registry.client
-            found = [_entry(one) for one in pages(lambda token: client.search_model_versions(query, 200, None, token))]
+            query, order = f"name = '{self.model}'", ["version_number ASC"]  # pages stay as they are while it grows
+            search = self.registry.client.search_model_versions
+            found = [_entry(one) for one in pages(lambda token: search(query, _PAGE, order, token))]
         return {one.number: one for one in sorted(found, key=lambda one: one.number)}
 
     def _append(self, version: int, against: Service, kind: Kind, token: str) -> dict[int, Entry]:

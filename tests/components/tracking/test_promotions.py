@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from components.tracking import CHAMPION, PREVIOUS, Registry, default_uri
+from components.tracking import CHAMPION, PREVIOUS, Registry, default_uri, promotions
 from components.tracking.promotions import Entry, Ledger, Service, held
 
 
@@ -79,6 +79,14 @@ def test_versions_follow_each_other(ledger: Ledger) -> None:
     assert ledger.service() == back
     assert [one.kind for one in ledger.entries().values()] == ["promote", "promote", "promote", "rollback"]
     assert ledger.model not in ledger.registry.names()
+
+
+def test_a_ledger_of_several_pages_is_read_whole(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promotions, "_PAGE", 2)
+    for version in (1, 2, 3, 4, 1):
+        assert ledger.put(version, ledger.service(), "promote") is not None
+    assert [(one.number, one.version) for one in ledger.entries().values()] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1)]
+    assert aliases(ledger) == (1, 4)
 
 
 def test_a_promoter_that_died_before_the_aliases_is_finished_by_the_next(
