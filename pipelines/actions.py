@@ -2,72 +2,120 @@
 
 from __future__ import annotations
 
-import hashlib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from components.errors import GateError, RealignError, TrackingError, listed
 from components.leases import acquire
-from components.records import Record, canonical_json, fingerprint
+from components.published import MODEL, model_files, weights_sha256
+from components.records import Record
 from components.reporting.heat_map import density_svg, layer_figures
 from components.reporting.schema import FinetuneSummary, RunSummary, shown_models
 from components.storage import storage_errors, write_atomic
 from components.tracked import Point, TrackedRun, rate_metrics, read_series
-from components.tracking import CHAMPION, EVALUATION_TAG, GATE_TAG, Tracker
+from components.tracking import CHAMPION, EVALUATION_TAG, GATE_TAG, Registered, Tracker, TrackingUnavailableError
+from components.tracking.names import CONFIG_TAG, FORM_TAG, RECORD_TAG
 from pipelines.driver import RunState
 from pipelines.gate import InService, registered_name
+from pipelines.identity import run_identity
 from pipelines.landscapes import STEPS, landscape_metrics, pictures_of
+from pipelines.patience import Patience
+from pipelines.promotion import gate_tags, promote
 
-_VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary", "adapter": "after_adapter"}
+VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary", "adapter": "after_adapter"}
+"""Variant of a model -> key of its rates in the summary."""
+TRACKING_LEASE = ".tracking.lease"
 
 
-def track_and_register(run: RunState, summary: RunSummary) -> None:
-    """Project the run into MLflow and register each finetune's selected model; fills `registry` in the summary.
+def track_and_register(run: RunState, summary: RunSummary) -> list[str]:
+    """Project the run into MLflow, register each finetune's selected model, and promote those whose gate passed where the
+    config says so; fills `registry` in the summary. Names of those that were refused promotion.
 
     One run of a workspace at a time: what is looked up before it is made must not be made twice. Raises TrackingError when
     the server cannot be reached or refuses; nothing is lost: running again does the same.
     """
-    lease = acquire(run.workspace.root / ".tracking.lease", done=lambda: False)
+    lease = acquire(run.workspace.root / TRACKING_LEASE, done=lambda: False)
     assert lease is not None
     with lease:
-        _track_and_register(run, summary)
+        tracker = tracker_of(run)
+        ids = tracker.project(tracked(run, summary))
+        if run.config.tracking.register_models:
+            for entry in shown_models(summary):
+                _register(run, entry, tracker, ids[entry["name"]])
+    # Weights are hashed for a promotion, which may take minutes; the registry needs no lease.
+    return _promote_all(run, summary, tracker) if run.config.tracking.promote else []
 
 
-def _track_and_register(run: RunState, summary: RunSummary) -> None:
-    tracker = _tracker(run)
-    ids = tracker.project(_tracked(run, summary))
-    if not run.config.tracking.register_models:
-        return
+def _promote_all(run: RunState, summary: RunSummary, tracker: Tracker) -> list[str]:
+    """Each by itself: names of those whose gate turned out to be shut, and afterwards what else was wrong with any."""
+    refused: list[str] = []
+    wrong: list[str] = []
     for entry in shown_models(summary):
-        form = entry.get("selected")
-        record = run.record(entry["name"], f"fuse_{form}") if form else None
-        evaluated = run.record(entry["name"], f"evaluate_{form}") if form else None
-        if entry["status"] != "done" or record is None or evaluated is None:
-            continue
-        name = registered_name(run, entry["name"])
-        version = tracker.register(
+        try:
+            _promote(entry, tracker)
+        except GateError as error:
+            entry.setdefault("notes", []).append(f"promote: {error}")
+            refused.append(entry["name"])
+        except TrackingUnavailableError:
+            raise
+        except RealignError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise TrackingError(listed(wrong))
+    return refused
+
+
+def _register(run: RunState, entry: FinetuneSummary, tracker: Tracker, run_id: str) -> None:
+    form = entry.get("selected")
+    record = run.record(entry["name"], f"fuse_{form}") if form else None
+    evaluated = run.record(entry["name"], f"evaluate_{form}") if form else None
+    if entry["status"] != "done" or record is None or evaluated is None:
+        return
+    name = registered_name(run, entry["name"])
+    version = tracker.register(
+        Registered(
             name=name,
-            weights_uri=(run.result_dir(record) / "model").as_uri(),
-            sha256=_weights_sha256(record),
+            weights_uri=(run.result_dir(record) / MODEL).as_uri(),
+            sha256=weights_sha256(model_files(record)),
             fingerprint=record.fingerprint,
-            run_id=ids[entry["name"]],
+            run_id=run_id,
             metrics=rate_metrics("test", evaluated.metrics["test"]),
             time_ms=_end_ms(evaluated),
-            tags=_lineage(record, evaluated, str(form)) | _gate_tags(entry),
+            tags=_lineage(record, evaluated, str(form)) | _sources(run, entry["name"]),
+            decided=gate_tags(entry.get("gate"), run.config.gate or ()),
         )
-        entry["registry"] = {"name": name, "version": version}
+    )
+    entry["registry"] = {"name": name, "version": version}
 
 
-def in_service(run: RunState) -> InService:
+def _promote(entry: FinetuneSummary, tracker: Tracker) -> None:
+    registered, gate = entry.get("registry"), entry.get("gate")
+    if registered is None or gate is None:
+        return
+    registered["promoted"] = False
+    if not gate["passed"]:
+        return
+    done = promote(tracker, registered["name"], registered["version"], once=True)
+    registered["promoted"] = done.service.champion == done.version.number
+    if not registered["promoted"]:
+        entry.setdefault("notes", []).append(
+            f"promote: {done.version} stays as it is: it was in service before, or version {done.service.champion}, which is "
+            "in service, is newer; `realign promote` puts it there"
+        )
+
+
+def in_service(run: RunState, patience: Patience) -> InService:
     """Asks the registry, which is opened at the first question."""
 
     def ask(name: str) -> str | None:
-        return _tracker(run).evaluation_of(name, CHAMPION)
+        return patience(lambda: tracker_of(run).evaluation_of(name, CHAMPION))
 
     return ask
 
 
-def _tracker(run: RunState) -> Tracker:
+def tracker_of(run: RunState) -> Tracker:
+    """The run's experiment on its server. Raises TrackingError."""
     tracking = run.config.tracking
     return Tracker(uri=tracking.uri, experiment=tracking.experiment or run.config.name, workspace=run.workspace.root)
 
@@ -77,35 +125,32 @@ def _gate_tags(entry: FinetuneSummary) -> dict[str, str]:
     return {GATE_TAG: "none" if gate is None else "passed" if gate["passed"] else "shut"}
 
 
-def _weights_sha256(record: Record) -> str:
-    """One SHA-256 for a fused model: over the canonical JSON of its files' names and hashes, as in the record."""
-    files = {name: file.sha256 for name, file in record.outputs.items() if name.startswith("model/")}
-    return hashlib.sha256(canonical_json(files).encode()).hexdigest()
-
-
 def _lineage(record: Record, evaluated: Record, form: str) -> dict[str, str]:
     parents = {f"realign.parent.{role}": reference for role, reference in record.parents.items()}
-    return {
-        "realign.form": form,
-        "realign.record": record.reference,
-        EVALUATION_TAG: evaluated.reference,
-        **parents,
-    }
+    return {FORM_TAG: form, RECORD_TAG: record.reference, EVALUATION_TAG: evaluated.reference, **parents}
 
 
-def _tracked(run: RunState, summary: RunSummary) -> TrackedRun:
+def _sources(run: RunState, name: str) -> dict[str, str]:
+    """What a finetune's realigned model was made from and is compared with."""
+    identities = {"aligned": run.roots.models.get("aligned")}
+    members = [member.name for member in run.config.members(name)]
+    for member in members:
+        key = "finetune" if members == [name] else f"finetune.{member}"
+        identities[key] = run.roots.models.get(f"finetune:{member}")
+    found = {f"realign.identity.{key}": identity for key, identity in identities.items() if identity is not None}
+    compared = {"aligned": run.record(None, "evaluate_aligned"), "finetune": run.record(name, "evaluate_before")}
+    found |= {f"{EVALUATION_TAG}.{key}": record.reference for key, record in compared.items() if record is not None}
+    return {CONFIG_TAG: run.config.name, **found}
+
+
+def tracked(run: RunState, summary: RunSummary) -> TrackedRun:
+    """What MLflow is to show of a run, which may still go on: of a summary that has no more than `entry_so_far`s."""
     records = [state.record for state in run.nodes.values() if state.record is not None]
-    identity = fingerprint(
-        stage="run",
-        version=1,
-        semantics={"name": run.config.name},
-        parents={state.node.id: state.record.fingerprint for state in run.nodes.values() if state.record},
-    )
     children = [_tracked_finetune(run, entry) for entry in shown_models(summary)]
     failed = any(entry["status"] == "failed" for entry in shown_models(summary))
     return TrackedRun(
         name=run.config.name,
-        fingerprint=identity,
+        fingerprint=run_identity(run),
         started_ms=min(map(_start_ms, records), default=int(run.started.timestamp() * 1000)),
         ended_ms=max(map(_end_ms, records), default=None),
         status="FAILED" if failed else "FINISHED",
@@ -123,7 +168,7 @@ def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
         if state.node.finetune == name and state.record is not None
     }
     metrics: dict[str, float] = {}
-    for prefix, key in _VARIANTS.items():
+    for prefix, key in VARIANTS.items():
         metrics |= rate_metrics(prefix, entry.get(key))  # type: ignore[arg-type]
     for control, rates in entry.get("controls", {}).items():
         metrics |= rate_metrics(f"control/{control}", rates)

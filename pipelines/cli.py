@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from components.errors import ConfigError, RealignError
+from pipelines import cli_registry
 from pipelines.interrupts import interruptible
 
 app = typer.Typer(
@@ -349,6 +350,9 @@ def testbed_build(
             progress=_phase,
         )
     typer.echo(f"{where}/realign.yaml")
+
+
+cli_registry.add_to(app)
 
 
 def _require_dtype(dtype: str | None) -> None:

@@ -108,6 +108,7 @@ class RunConfig(Section):
                     f"(those that do: {', '.join(sorted(own)) or 'none'})"
                 )
         problems += gate_problems(self.gate or (), self.evaluation)
+        problems += self._promotion_problems()
         problems += visage_problems(self.gate or (), self.landscape, self.evaluation)
         if self.landscape is not None:
             problems += landscape_problems(
@@ -131,6 +132,13 @@ class RunConfig(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _promotion_problems(self) -> list[str]:
+        if not self.tracking.promote:
+            return []
+        missing = ["`gate`, which says when a model may serve"] if self.gate is None else []
+        missing += [] if self.tracking.register_models else ["tracking.register: true"]
+        return [f"tracking.promote needs {' and '.join(missing)}"] if missing else []
 
     def _merge_problems(self, finetunes: list[str]) -> list[str]:
         """What is wrong with `mode` and `merges` together."""

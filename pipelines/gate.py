@@ -14,6 +14,7 @@ from components.evaluation.gates import VISAGE, Measured, Reference, decide
 from components.evaluation.outcomes import NamedSet, read_answers
 from components.records import Record
 from components.reporting.schema import FinetuneSummary, GateDecision, RunSummary, shown_models
+from components.storage import Workspace
 from pipelines.driver import RunState
 from pipelines.landscapes import drawn_of
 
@@ -55,16 +56,16 @@ def _decided(run: RunState, entry: FinetuneSummary, in_service: InService) -> Ga
         try:
             if than == "serving":
                 record = _serving(run, name, own, in_service)
-                references[than] = None if record is None else _measured(run, record, sets)
+                references[than] = None if record is None else measured(run.workspace, record, sets)
             elif than is not None:
                 other = (
                     run.record(None, "evaluate_aligned") if than == "aligned" else run.record(name, "evaluate_before")
                 )
                 landscape = drawn_of(run, name, than) if than in drawn else None
-                references[than] = replace(_measured(run, other, sets), landscape=landscape)
+                references[than] = replace(measured(run.workspace, other, sets), landscape=landscape)
         except RealignError as error:  # left out, which shuts the gate
             entry.setdefault("notes", []).append(f"gate: {error}")
-    model = _measured(run, own, sets)
+    model = measured(run.workspace, own, sets)
     if drawn:
         try:
             model = replace(model, landscape=drawn_of(run, name, "realigned"))
@@ -86,11 +87,16 @@ def _serving(run: RunState, name: str, own: Record | None, in_service: InService
     record = run.workspace.record(stage, fingerprint)
     if record is None:
         raise EvaluationError(f"the evaluation of the version in service ({evaluation}) is not in this workspace")
-    if own is not None and _how(record) != _how(own):
+    require_comparable(record, own)
+    return record
+
+
+def require_comparable(serving: Record, own: Record | None) -> None:
+    """Raises EvaluationError where the version in service was not asked and judged as the model was."""
+    if own is not None and _how(serving) != _how(own):
         raise EvaluationError(
             "the version in service was asked or judged in another way; evaluate it under this config"
         )
-    return record
 
 
 def _how(record: Record) -> Any:
@@ -98,10 +104,10 @@ def _how(record: Record) -> Any:
     return record.semantics["evaluation"], record.semantics.get("capability")
 
 
-def _measured(run: RunState, record: Record | None, sets: Sequence[NamedSet]) -> Measured:
+def measured(workspace: Workspace, record: Record | None, sets: Sequence[NamedSet]) -> Measured:
     """The answers of an evaluation to these sets, as far as it was asked them; none where there was none."""
     if record is None:
         return Measured(sets, {})
-    directory = run.result_dir(record) / "test" / "answers"
+    directory = workspace.result_dir(record.stage, record.fingerprint) / "test" / "answers"
     there = [one.name for one in sets if (directory / f"{one.name}.jsonl").is_file()]
     return Measured(sets, {name: read_answers(directory / f"{name}.jsonl") for name in there})

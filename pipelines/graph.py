@@ -25,7 +25,7 @@ class Step:
     variant: str = ""
     """Which of the models (or masks) this row is about."""
     needs: str = ""
-    """The control (or `adapter`, `gate`, `landscape`, `unaligned`) that asks for this row; empty: always there."""
+    """The control (or `adapter`, `gate`, `landscape`, `promote`, `unaligned`) that asks for this row; empty: always there."""
 
 
 def _fused(variant: str, *parents: str, needs: str = "") -> tuple[Step, Step]:
@@ -80,6 +80,7 @@ STEPS: tuple[Step, ...] = (
     Step("gate", "gate", "target", ("evaluate_aligned", "evaluate_before", "evaluate_soft", "evaluate_binary",
          "landscape_aligned", "landscape_before", "landscape"), "action", needs="gate"),
     Step("register", "register", "target", _CHOSEN, "action"),
+    Step("promote", "promote", "target", ("gate", "register"), "action", needs="promote"),
 )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ def steps_of(config: RunConfig) -> list[Step]:
     """The rows that this run needs, parents before children."""
     wanted = {"", *config.fusion.controls, *(["adapter"] if config.fusion.adapter is not None else [])}
     wanted |= {"gate"} if config.gate is not None else set()
+    wanted |= {"promote"} if config.tracking.promote else set()
     wanted |= {"unaligned"} if config.needs_unaligned else set()
     wanted |= {"landscape"} if config.landscape is not None else set()
     return [

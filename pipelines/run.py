@@ -13,9 +13,11 @@ from components.storage import Workspace
 from pipelines.actions import in_service, track_and_register
 from pipelines.config import RunConfig
 from pipelines.display import progress_display
-from pipelines.driver import run_stages
+from pipelines.driver import NodeState, run_stages
 from pipelines.gate import decide_gates
 from pipelines.landscapes import add_landscapes
+from pipelines.live_tracking import live_tracking
+from pipelines.patience import Patience
 from pipelines.preflight import require_memory
 from pipelines.roots import find_roots
 from pipelines.summary import failures, summarise, write_summary
@@ -31,16 +33,22 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     workspace.prepare()
     roots = find_roots(config, root / ".identities")
     require_memory(config, workspace, roots)
-    with progress_display(workspace) as watch:
+    patience = Patience(config.tracking.patience_s)
+    with progress_display(workspace) as shown, live_tracking(config, workspace, roots) as tracked:
+
+        def watch(nodes: dict[str, NodeState]) -> None:
+            shown(nodes)
+            tracked(nodes)
+
         state = run_stages(config, workspace, roots, watch)
     summary = summarise(state)
     failed = failures(state)
     write_summary(summary, root / "summary.json")
     add_landscapes(state, summary)
-    shut = decide_gates(state, summary, in_service(state))
+    shut = decide_gates(state, summary, in_service(state, patience))
     write_summary(summary, root / "summary.json")
     try:
-        track_and_register(state, summary)
+        shut += patience(lambda: track_and_register(state, summary))
     except RealignError as error:
         failed.append(f"tracking: {error}")
         summary.setdefault("notes", []).append(f"tracking: {error}")

@@ -256,6 +256,12 @@ class TrackingSection(Section):
     """By default the run's name."""
     register_models: bool = Field(default=True, alias="register")
     """Register every realigned finetune as a model version."""
+    promote: bool = False
+    """Put every version whose gate passed in service (alias `champion`); needs a gate."""
+    every_s: float = Field(default=30.0, ge=1)
+    """How often a run that goes on is shown, at least; a model whose stages have all ended is shown at once."""
+    patience_s: float = Field(default=60.0, ge=0)
+    """How long the end of a run waits for a server that is away."""
 
 
 def _placed(execution: MaskExecution, info: ValidationInfo) -> MaskExecution:

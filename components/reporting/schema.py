@@ -160,6 +160,8 @@ class LandscapeSummary(TypedDict):
 class RegistryEntry(TypedDict):
     name: str
     version: str
+    promoted: NotRequired[bool]
+    """Whether it is in service (`champion`) now; absent where the run promotes nothing."""
 
 
 Variant = Literal["soft", "binary"]

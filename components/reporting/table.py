@@ -81,7 +81,8 @@ def comparison_caption(summary: RunSummary) -> list[str]:
     drawn = [line for one in shown_models(summary) for line in _landscape_lines(summary, one)]
     gates = [line for one in shown_models(summary) for line in _gate_lines(one)]
     meaning = textwrap.wrap(f"Percent ({interval}). {legend(summary)} ★ selected.", 120)
-    return [*meaning, *failed, *notes, *drawn, *gates]
+    promoted = [line for one in shown_models(summary) for line in _promotion_lines(one)]
+    return [*meaning, *failed, *notes, *drawn, *gates, *promoted]
 
 
 def _landscape_lines(summary: RunSummary, one: FinetuneSummary) -> list[str]:
@@ -93,6 +94,14 @@ def _landscape_lines(summary: RunSummary, one: FinetuneSummary) -> list[str]:
         width = f", basin {landscape['width']['value']:.2f} wide" if "width" in landscape else ""
         told.append(f"{name} VISAGE {landscape['visage']['value']:.1f}{width}")
     return [f"landscape, {one['name']}: {'; '.join([*told, one['pictures']])}"]
+
+
+def _promotion_lines(one: FinetuneSummary) -> list[str]:
+    found = one.get("registry")
+    if found is None or "promoted" not in found:
+        return []
+    became = "in service (champion)" if found["promoted"] else "not promoted"
+    return [f"registry, {one['name']}: {found['name']} version {found['version']}, {became}"]
 
 
 def _gate_lines(one: FinetuneSummary) -> list[str]:

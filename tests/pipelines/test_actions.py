@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 
+from components.published import model_files, weights_sha256
 from components.records import OutputFile, Record
-from pipelines.actions import _lineage, _weights_sha256
+from pipelines.actions import _lineage
 
 
 def record(stage: str, fingerprint: str, files: dict[str, str]) -> Record:
@@ -22,9 +23,9 @@ def test_the_weights_hash_is_a_sha256_over_the_models_files() -> None:
     expected = hashlib.sha256(b'{"model/a.json":"11","model/b.safetensors":"22"}').hexdigest()
     assert len(expected) == 64
     assert json.loads('{"model/a.json":"11","model/b.safetensors":"22"}') == files
-    assert _weights_sha256(record("fuse", "f1", {**files, "fusion.json": "33"})) == expected
-    assert _weights_sha256(record("fuse", "f2", files)) == expected
-    assert _weights_sha256(record("fuse", "f1", {**files, "model/a.json": "12"})) != expected
+    assert weights_sha256(model_files(record("fuse", "f1", {**files, "fusion.json": "33"}))) == expected
+    assert weights_sha256(model_files(record("fuse", "f2", files))) == expected
+    assert weights_sha256(model_files(record("fuse", "f1", {**files, "model/a.json": "12"}))) != expected
 
 
 def test_a_version_names_its_evaluation() -> None:

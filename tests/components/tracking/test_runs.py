@@ -1,13 +1,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +11,9 @@ import pytest
 
 from components.errors import TrackingError
 from components.tracked import Point, TrackedRun
-from components.tracking import (
-    DIFFERING_TAG,
-    EVALUATION_TAG,
-    FINGERPRINT_TAG,
-    OLDER_METRICS_TAG,
-    Tracker,
-    default_uri,
-)
+from components.tracking import EVALUATION_TAG, Registered, Tracker, default_uri
+from components.tracking.names import DIFFERING_TAG, FINGERPRINT_TAG, OLDER_METRICS_TAG
+from tests.mlflow_server import MlflowServer, free_port
 
 STARTED = 1_700_000_000_000
 
@@ -53,47 +42,9 @@ def tracked() -> TrackedRun:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real tracking server on a free loopback port."""
-    root = tmp_path_factory.mktemp("mlflow-server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    store = ["--backend-store-uri", f"sqlite:///{root}/server.db", "--artifacts-destination", str(root / "artifacts")]
-    with (root / "log").open("w") as log:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "mlflow",
-                "server",
-                *store,
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-                "--workers",
-                "1",
-            ],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert process.poll() is None, (root / "log").read_text()
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=2).close()
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.25)
-        else:
-            pytest.fail("the server did not start: " + (root / "log").read_text())
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=20)
+    running = MlflowServer(tmp_path_factory.mktemp("mlflow-server")).start()
+    yield running.uri
+    running.kill()
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +153,11 @@ def test_registering_points_at_the_weights_and_finds_itself_again(tracker: Track
         "metrics": {"asr": 0.02, "task": 0.93},
         "time_ms": STARTED,
     }
-    first = tracker.register(
-        weights_uri="s3://models/zh", sha256="aa", fingerprint="f1", tags={"variant": "soft"}, **options
+    first = register(
+        tracker, weights_uri="s3://models/zh", sha256="aa", fingerprint="f1", tags={"variant": "soft"}, **options
     )
     assert first == "1"
-    assert tracker.register(weights_uri="s3://models/zh", sha256="aa", fingerprint="f1", **options) == "1"
+    assert register(tracker, weights_uri="s3://models/zh", sha256="aa", fingerprint="f1", **options) == "1"
     mlflow = client(tracker)
     version = mlflow.get_model_version_by_alias(name, "candidate")
     assert str(version.version) == "1"
@@ -217,12 +168,16 @@ def test_registering_points_at_the_weights_and_finds_itself_again(tracker: Track
     assert model.tags["weights_uri"] == "s3://models/zh"
 
     local = tmp_path / "weights"
-    assert tracker.register(weights_uri=str(local), sha256="bb", fingerprint="f2", **options) == "2"
+    assert register(tracker, weights_uri=str(local), sha256="bb", fingerprint="f2", **options) == "2"
     assert str(mlflow.get_model_version_by_alias(name, "candidate").version) == "2"
-    assert tracker.register(weights_uri="s3://models/zh", sha256="aa", fingerprint="f1", **options) == "1"
+    assert register(tracker, weights_uri="s3://models/zh", sha256="aa", fingerprint="f1", **options) == "1"
     assert str(mlflow.get_model_version_by_alias(name, "candidate").version) == "2", "a replay moves no alias back"
     assert len(mlflow.search_model_versions(f"name = '{name}'")) == 2
     assert len(mlflow.search_logged_models([tracker.experiment_id])) == 2
+
+
+def register(tracker: Tracker, **asked: Any) -> str:
+    return tracker.register(Registered(**asked))
 
 
 def newest(model: Any) -> dict[str, float]:
@@ -239,19 +194,19 @@ def test_a_version_shows_its_latest_evaluation(tracker: Tracker, monkeypatch: py
         "new": {"run_id": second, "metrics": {"asr": 0.25, "task": 0.9, "sets/b/asr": 0.25}, "time_ms": STARTED + 1},
     }
 
-    def register(which: str) -> str:
+    def evaluated(which: str) -> str:
         tags = {EVALUATION_TAG: f"evaluate/{which}", "realign.form": "soft"}
-        return tracker.register(
-            name=name, weights_uri="/w", sha256="aa", fingerprint="f1", tags=tags, **evaluations[which]
+        return register(
+            tracker, name=name, weights_uri="/w", sha256="aa", fingerprint="f1", tags=tags, **evaluations[which]
         )
 
     def shown() -> tuple[Any, Any]:
         version = mlflow.get_model_version_by_alias(name, "candidate")
         return version, mlflow.get_logged_model(version.source.removeprefix("models:/"))
 
-    assert register("old") == "1"
+    assert evaluated("old") == "1"
     other = {"name": "other-" + name, "fingerprint": "f9", "metrics": {"asr": 0.3}, "run_id": first}
-    tracker.register(weights_uri="/o", sha256="oo", time_ms=STARTED, **other)
+    register(tracker, weights_uri="/o", sha256="oo", time_ms=STARTED, **other)
     with monkeypatch.context() as patch:  # the first try breaks off before the tag that says that all is there
         whole = type(mlflow).set_model_version_tag
 
@@ -262,9 +217,9 @@ def test_a_version_shows_its_latest_evaluation(tracker: Tracker, monkeypatch: py
 
         patch.setattr(type(mlflow), "set_model_version_tag", breaks)
         with pytest.raises(ConnectionError):
-            register("new")
+            evaluated("new")
     for which, left in (("new", "sets/a/asr"), ("new", "sets/a/asr"), ("old", "sets/b/asr"), ("old", "sets/b/asr")):
-        assert register(which) == "1"
+        assert evaluated(which) == "1"
         version, model = shown()
         metrics = evaluations[which]["metrics"]
         assert {key: newest(model)[key] for key in metrics} == metrics
@@ -300,9 +255,9 @@ def test_a_registration_that_died_half_way_is_finished(tracker: Tracker, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(mlflow, "register_model", dies)
         with pytest.raises(KeyboardInterrupt):
-            tracker.register(**options)
+            register(tracker, **options)
     before = mlflow.get_tracking_uri()
-    assert tracker.register(**options) == "1"
+    assert register(tracker, **options) == "1"
     assert mlflow.get_tracking_uri() == before
     assert len(client(tracker).search_logged_models([tracker.experiment_id])) == 1
     assert str(client(tracker).get_model_version_by_alias(options["name"], "candidate").version) == "1"
@@ -318,8 +273,15 @@ def test_local_tracking_stays_in_the_workspace_and_is_silent(
     workspace.mkdir()
     tracker = Tracker(uri=None, experiment="quiet", workspace=workspace)
     ids = tracker.project(tracked())
-    tracker.register(
-        name="q", weights_uri="/w", sha256="a", fingerprint="f", run_id=ids["zh"], metrics={"asr": 0.0}, time_ms=STARTED
+    register(
+        tracker,
+        name="q",
+        weights_uri="/w",
+        sha256="a",
+        fingerprint="f",
+        run_id=ids["zh"],
+        metrics={"asr": 0.0},
+        time_ms=STARTED,
     )
     assert tracker.uri == default_uri(workspace)
     assert sorted(p.name for p in workspace.iterdir()) == ["mlartifacts", "mlflow.db"]
@@ -362,9 +324,7 @@ def test_a_broken_database_is_said_with_its_remedy(tmp_path: Path) -> None:
 
 
 def test_nobody_there_is_said_at_once(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = time.monotonic()
     with pytest.raises(TrackingError, match=rf"no tracking server answers at http://127.0.0.1:{port}.*tracking\.uri"):
         Tracker(uri=f"http://127.0.0.1:{port}", experiment="x", workspace=tmp_path)
@@ -374,6 +334,6 @@ def test_nobody_there_is_said_at_once(tmp_path: Path) -> None:
 def test_a_refused_name_is_explained(tracker: Tracker) -> None:
     run_id = tracker.project(tracked())["zh"]
     with pytest.raises(TrackingError, match=r"tracking at .* failed"):
-        tracker.register(
-            name="", weights_uri="/w", sha256="a", fingerprint="f", run_id=run_id, metrics={}, time_ms=STARTED
+        register(
+            tracker, name="", weights_uri="/w", sha256="a", fingerprint="f", run_id=run_id, metrics={}, time_ms=STARTED
         )

@@ -1,0 +1,133 @@
+"""A pipeline run in MLflow: a projection of what its stages have left behind, made while it goes on and when it has ended.
+
+One MLflow run per pipeline run and one nested run per finetune, with stages as prefixes of metric names. Everything is
+looked up by tags before it is made and metrics carry the times of the records, so replaying a projection after an
+outage is the same call and changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.errors import TrackingError
+from components.tracked import Point, TrackedRun, content_hash, flat
+from components.tracking.names import DIFFERING_TAG, FINGERPRINT_TAG, PROJECTED_TAG
+from components.tracking.registry import Registered, Registry, log_metrics
+from components.tracking.server import default_uri, error_code, is_local, talking
+
+_BATCH = 100
+_PARAM_CHARS = 6000
+
+
+class Tracker(Registry):
+    """A tracking server (or a local sqlite file) and one experiment on it."""
+
+    def __init__(self, *, uri: str | None, experiment: str, workspace: Path) -> None:
+        """`uri` None means sqlite in the workspace, artifacts beside it. Raises TrackingError when out of reach."""
+        super().__init__(uri or default_uri(workspace))
+        self._written: dict[str, tuple[str, str]] = {}
+        self._about = f"the experiment {experiment}"
+        with talking(self.uri, self._about):
+            self.experiment_id = self._experiment(experiment, workspace)
+
+    def project(self, run: TrackedRun, *, run_id: str | None = None, ended: bool = True) -> dict[str, str]:
+        """Make MLflow show `run` and its children; returns the run id of "" (the run itself) and of each child by name.
+
+        The run is found by `run_id`, else by the environment's MLFLOW_RUN_ID (Kubeflow sets it), else by its
+        fingerprint, else made. A run that somebody else opened is left open, and so is one that has not `ended`. A replay
+        writes nothing twice, and what this tracker has written itself it does not even look at again.
+        """
+        given = run_id or os.environ.get("MLFLOW_RUN_ID")
+        close = ended and not given
+        with talking(self.uri, self._about):
+            if given:
+                self.experiment_id = self.client.get_run(given).info.experiment_id
+            top = given or self._place(run, run.fingerprint, None)
+            ids = {"": top}
+            for child in run.children:
+                identity = f"{run.fingerprint}/{child.fingerprint}"
+                ids[child.name] = self._place(child, identity, top)
+                self._write(child, ids[child.name], identity, close=ended)
+            self._write(run, top, run.fingerprint, close=close)
+        return ids
+
+    def register(self, asked: Registered, *, experiment_id: str | None = None) -> str:
+        """As Registry.register, in the tracker's own experiment."""
+        return super().register(asked, experiment_id=experiment_id or self.experiment_id)
+
+    def _experiment(self, name: str, workspace: Path) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            # A server chooses its own artifact root; locally MLflow would write into the current directory.
+            root = (workspace / "mlartifacts").resolve().as_uri() if is_local(self.uri) else None
+            try:
+                return str(self.client.create_experiment(name, artifact_location=root))
+            except MlflowException as error:
+                if error_code(error) != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self.client.get_experiment_by_name(name)  # somebody made it meanwhile
+        if found.lifecycle_stage != "active":
+            raise TrackingError(f"experiment {name!r} on {self.uri} is deleted; restore it or choose another name")
+        return str(found.experiment_id)
+
+    def _find(self, identity: str, parent: str | None = None) -> Any | None:
+        query = f"tags.`{FINGERPRINT_TAG}` = '{identity}'"
+        if parent is not None:
+            query += f" and tags.`mlflow.parentRunId` = '{parent}'"
+        runs = self.client.search_runs([self.experiment_id], query, order_by=["attributes.start_time ASC"])
+        return runs[0] if runs else None
+
+    def _make(self, run: TrackedRun, identity: str, parent: str | None) -> Any:
+        tags = {FINGERPRINT_TAG: identity}
+        if parent is not None:
+            tags["mlflow.parentRunId"] = parent
+        return self.client.create_run(self.experiment_id, run.started_ms, tags, run.name)
+
+    def _place(self, run: TrackedRun, identity: str, parent: str | None) -> str:
+        """The id of the MLflow run with that identity, which is made where there is none."""
+        if identity in self._written:
+            return self._written[identity][0]
+        found = self._find(identity, parent) or self._make(run, identity, parent)
+        return str(found.info.run_id)
+
+    def _write(self, run: TrackedRun, run_id: str, identity: str, *, close: bool) -> None:
+        # What is shown of a run that goes on is not all of it, even where the end adds nothing but that it ended.
+        mark = content_hash(run) if close else f"open {content_hash(run)}"
+        if self._written.get(identity) == (run_id, mark):
+            return
+        data = self.client.get_run(run_id).data
+        if data.tags.get(PROJECTED_TAG) != mark:
+            params = {key: value[:_PARAM_CHARS] for key, value in flat(run.params).items()}
+            # A parameter is written once in MLflow; what a replay has otherwise is said, not dropped.
+            differing = sorted(key for key, value in params.items() if data.params.get(key, value) != value)
+            self._log_params(run_id, {key: value for key, value in params.items() if key not in data.params})
+            values = [Point(name, 0, value) for name, value in run.metrics.items()]
+            log_metrics(self.client, run_id, [*values, *run.series], run.started_ms)
+            for artifact in run.artifacts:
+                self.client.log_artifact(run_id, str(artifact))
+            self._set_tags(run_id, {**run.tags, FINGERPRINT_TAG: identity})
+            if differing:
+                self.client.set_tag(run_id, DIFFERING_TAG, ", ".join(differing))
+            if close:
+                self.client.set_terminated(run_id, run.status, run.ended_ms)
+            self.client.set_tag(run_id, PROJECTED_TAG, mark)
+        self._written[identity] = (run_id, mark)
+
+    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        entities = [Param(key, value) for key, value in params.items()]
+        for start in range(0, len(entities), _BATCH):
+            self.client.log_batch(run_id, params=entities[start : start + _BATCH])
+
+    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(key, str(value)) for key, value in tags.items()]
+        for start in range(0, len(entities), _BATCH):
+            self.client.log_batch(run_id, tags=entities[start : start + _BATCH])

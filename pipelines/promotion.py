@@ -1,0 +1,271 @@
+"""Promotion and rollback: which version of a realigned model is in service, held to its weights and its gate once more.
+
+A version says of itself all that this needs (components/tracking/names.py): where its weights and its evaluation lie, and what
+its gate demands. So a promotion needs no run config, and is the same from the command line and as an action of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from pydantic import TypeAdapter, ValidationError
+
+from components.errors import GateError, RealignError, StorageError, TrackingError, listed
+from components.evaluation.capability.settings import settings_of
+from components.evaluation.gates import VISAGE, Decision, Finding, Measured, Reference, Requirement, decide
+from components.evaluation.outcomes import NamedSet
+from components.evaluation.settings import SetKind
+from components.published import MODEL, altered, changed_files, model_files, weights_sha256
+from components.records import RECORD_FILE, Record
+from components.storage import Workspace
+from components.tracking import CANDIDATE, EVALUATION_TAG, GATE_TAG, PREVIOUS, Registry, Version
+from components.tracking.names import (
+    FINDINGS_TAG,
+    RECORD_TAG,
+    REQUIREMENTS_TAG,
+    SHA256_TAG,
+    TAG_CHARS,
+    WEIGHTS_TAG,
+)
+from components.tracking.promotions import Ledger, Service
+from components.tracking.server import as_json
+from pipelines.gate import measured, require_comparable
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """What became of a promotion or rollback."""
+
+    version: Version
+    service: Service
+    """Who is in service after it."""
+    moved: bool
+    """False where the version was in service already, or was to be promoted once and has been."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt set as an evaluation's record has it."""
+
+    name: str
+    kind: SetKind
+    counts: bool
+
+
+def promote(
+    registry: Registry, name: str, which: str = CANDIDATE, *, workspace: Path | None = None, once: bool = False
+) -> Promoted:
+    """Put a version (its number, or an alias) in service: `champion` moves to it, `previous` to what was there before.
+
+    Its weights are read and hashed first, before anything is claimed. The gate is decided against whoever is in service, and
+    again when that has changed meanwhile. `workspace`: where its results lie now, by default where they were registered.
+    `once`: leave alone a version that was in service before, or is older than the one that is: somebody has decided so.
+    Raises GateError with the reasons, StorageError for weights that are not as registered, TrackingError.
+    """
+    version = registry.version(name, which)
+    ledger = Ledger(registry, name)
+    _require_ours(version)
+    checked = False
+    while True:
+        service = ledger.service()
+        over = once and (version.number in service.served or version.number < (service.champion or 0))
+        if service.champion == version.number or over:
+            return Promoted(version, service, moved=False)
+        if not checked:
+            require_unchanged(version, workspace)
+            checked = True
+        decision = decided(registry, version, service.champion, workspace)
+        registry.set_tags(version, gate_tags(decision.to_json(), requirements_of(version)))
+        _require_passed(version, decision)
+        done = ledger.put(version.number, service, "promote")
+        if done is not None:
+            return Promoted(version, done, moved=True)
+
+
+def roll_back(registry: Registry, name: str, *, workspace: Path | None = None) -> Promoted:
+    """Swap `champion` and `previous`, once the weights that are to serve again are read and found as they were.
+
+    Raises StorageError where they are not, TrackingError where there is no way back, or the champion has moved meanwhile:
+    whoever rolled back meant another one.
+    """
+    ledger = Ledger(registry, name)
+    service = ledger.service()
+    if service.champion is None or service.previous is None or service.previous == service.champion:
+        there = listed([f"{alias}: version {number}" for alias, number in registry.aliases(name).items()]) or "none"
+        raise TrackingError(f"{name} has no {PREVIOUS} version to go back to; its aliases: {there}")
+    version = registry.version(name, str(service.previous))
+    _require_ours(version)
+    require_unchanged(version, workspace)
+    done = ledger.put(version.number, service, "rollback")
+    if done is None:
+        now = ledger.service().champion
+        raise TrackingError(f"{name} version {now} was put in service meanwhile; nothing was rolled back. Look again")
+    return Promoted(version, done, moved=True)
+
+
+def require_unchanged(version: Version, workspace: Path | None = None) -> None:
+    """Read every file of a version's weights. Raises StorageError that names those that are not as they were registered."""
+    directory = weights_of(version, workspace)
+    path = directory.parent / RECORD_FILE
+    remedy = "restore them from a copy, or remove the result and run again"
+    try:
+        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise StorageError(
+            f"{version}: {path} cannot be read, so nothing says what its weights were ({type(error).__name__}); give "
+            "--workspace where its results lie now"
+        ) from error
+    files = model_files(record)
+    if weights_sha256(files) != version.tags[SHA256_TAG]:
+        raise StorageError(f"{version}: {path} records other weights than were registered; {remedy}")
+    wrong = changed_files(directory, files)
+    if wrong:
+        raise StorageError(
+            f"{version} has other weights in {directory} than were registered: {listed(wrong)}; {remedy}"
+        )
+
+
+def weights_of(version: Version, workspace: Path | None = None) -> Path:
+    """The directory with a version's weights: in `workspace` where it has that result, else where they were registered.
+    Raises StorageError for weights that are no directory."""
+    result = version.tags.get(RECORD_TAG)
+    if workspace is not None and result is not None and (workspace / result / MODEL).is_dir():
+        return workspace / result / MODEL
+    place = urlparse(version.tags[WEIGHTS_TAG])
+    if place.scheme not in ("", "file"):
+        raise StorageError(f"{version} lies at {version.tags[WEIGHTS_TAG]}; only weights in a directory can be checked")
+    return Path(unquote(place.path))
+
+
+def decided(registry: Registry, version: Version, champion: int | None, workspace: Path | None = None) -> Decision:
+    """Hold a version to the gate it was registered with, against the version in service now.
+
+    From the answers of its evaluation, whose files are hashed; what landscapes were asked for stands as it was decided: no
+    landscape of the version in service is kept. Raises GateError where it has no gate, StorageError, TrackingError.
+    """
+    requirements = requirements_of(version)
+    root = weights_of(version, workspace).parents[2]
+    own = _evaluation(version, version.tags[EVALUATION_TAG], root)
+    sets = _sets(own)
+    references: dict[Reference, Measured | None] = {}
+    for than in {one.than for one in requirements}:
+        if than == "serving":
+            found = _serving(registry, version, champion, own, root)
+            references[than] = None if found is None else measured(*found, sets)
+        elif than is not None and (reference := version.tags.get(f"{EVALUATION_TAG}.{than}")) is not None:
+            references[than] = measured(Workspace(root), _evaluation(version, reference, root), sets)
+    settings = own.semantics["evaluation"]
+    now = [one for one in requirements if one.metric != VISAGE]
+    known = _kept_findings(version)
+    if now:
+        model = measured(Workspace(root), own, sets)
+        fresh = decide(now, model, references, confidence=settings["confidence"], interval=settings["interval"])
+        known |= {one.requirement: one for one in fresh.findings}
+    findings = tuple(known[str(one)] for one in requirements)
+    return Decision(all(one.passed for one in findings), findings)
+
+
+def requirements_of(version: Version) -> tuple[Requirement, ...]:
+    """The gate that a version was registered with. Raises GateError where it had none."""
+    given = version.tags.get(REQUIREMENTS_TAG)
+    if given is None or version.tags.get(GATE_TAG) == "none":
+        raise GateError(
+            f"{version} has no gate: nobody has said when it may serve; give the run config one, run it again"
+        )
+    return TypeAdapter(tuple[Requirement, ...]).validate_json(given)
+
+
+def gate_tags(gate: Mapping[str, Any] | None, requirements: Sequence[Requirement]) -> dict[str, str]:
+    """What a version says of its gate: the decision, what was demanded, and what became of that."""
+    if gate is None:
+        return {GATE_TAG: "none"}
+    demanded = as_json([one.model_dump(exclude_none=True) for one in requirements])
+    if len(demanded) > TAG_CHARS:
+        raise TrackingError(f"a gate of {len(requirements)} requirements is too long for a tag; split it")
+    findings = [dict(one) for one in gate["findings"]]
+    while len(as_json(findings)) > TAG_CHARS:  # it can be decided again; what it demands must stay
+        findings.pop()
+    return {
+        GATE_TAG: "passed" if gate["passed"] else "shut",
+        REQUIREMENTS_TAG: demanded,
+        FINDINGS_TAG: as_json(findings),
+    }
+
+
+def reasons(findings: Sequence[Finding]) -> str:
+    """Why a gate is shut, in a line."""
+    return listed([f"{one.requirement}: {one.reason}" for one in findings if not one.passed])
+
+
+def _require_passed(version: Version, decision: Decision) -> None:
+    if not decision.passed:
+        raise GateError(f"{version} is not promoted, its gate is shut: {reasons(decision.findings)}")
+
+
+def _require_ours(version: Version) -> None:
+    if not version.ours:
+        raise TrackingError(
+            f"{version} was registered by another tool: it does not say where its weights lie and what they were "
+            f"({WEIGHTS_TAG}, {SHA256_TAG}); promote a version that `realign run` registered"
+        )
+
+
+def _kept_findings(version: Version) -> dict[str, Finding]:
+    """What became of each requirement when the gate was decided last; what is not known has failed."""
+    given: list[dict[str, Any]] = TypeAdapter(list[dict[str, Any]]).validate_json(version.tags.get(FINDINGS_TAG, "[]"))
+    known = {one["requirement"]: Finding(**one) for one in given}
+    absent = {str(one) for one in requirements_of(version)} - known.keys()
+    return known | {name: Finding(name, False, None, None, None, 0, "not recorded") for name in absent}
+
+
+def _evaluation(version: Version, reference: str, root: Path) -> Record:
+    """An evaluation whose answers are as they were recorded."""
+    stage, _, fingerprint = reference.partition("/")
+    workspace = Workspace(root)
+    record = workspace.record(stage, fingerprint)
+    if record is None:
+        raise StorageError(
+            f"{version}: its evaluation {reference} is not in {root}; give --workspace where it lies now"
+        )
+    wrong = altered(workspace.result_dir(stage, fingerprint), record.outputs)
+    if wrong:
+        raise StorageError(
+            f"{workspace.result_dir(stage, fingerprint)} was changed: {listed(wrong)}; remove it, run again"
+        )
+    return record
+
+
+def _sets(record: Record) -> list[NamedSet]:
+    """The test sets of an evaluation."""
+    asked = record.semantics["sets"]
+    sets: list[NamedSet] = [_Asked(s["name"], s["kind"], s["headline"]) for s in asked if s["split"] == "test"]
+    if "capability" in record.semantics:
+        sets += settings_of(record.semantics["capability"], record.execution["capability"]).tasks
+    return sets
+
+
+def _serving(
+    registry: Registry, version: Version, champion: int | None, own: Record, root: Path
+) -> tuple[Workspace, Record] | None:
+    """The evaluation of the version in service, in the same workspace or in its own; None where nothing is in service."""
+    if champion is None:
+        return None
+    other = registry.version(version.name, str(champion))
+    try:
+        reference = other.tags[EVALUATION_TAG]
+        stage, _, fingerprint = reference.partition("/")
+        here = Workspace(root).record(stage, fingerprint) is not None
+        place = root if here else weights_of(other).parents[2]
+        record = _evaluation(other, reference, place)
+        require_comparable(record, own)
+    except KeyError as error:
+        raise GateError(
+            f"{version} cannot be compared with {other}, which is in service and names no evaluation"
+        ) from error
+    except RealignError as error:
+        raise GateError(f"{version} cannot be compared with {other}, which is in service: {error}") from error
+    return Workspace(place), record
