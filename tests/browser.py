@@ -50,7 +50,7 @@ class Browser:
     def look(self, *, dark: bool = False, printed: bool = False) -> None:
         """Have the page think that it is shown so."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.tell("Emulation.setEmulatedMedia", media="print" if printed else "screen", features=[scheme])
+        self.tell("Emulation.setEmulatedMedia", media="print" if printed else "", features=[scheme])
 
     def run(self, script: str) -> Any:
         """The value of an expression on the page."""

@@ -47,7 +47,7 @@ def run_card(summary: RunSummary, one: FinetuneSummary, sources: Sequence[Source
     """README.md for the selected form's directory. Paths stay out of it. `adapter`: it is a LoRA adapter, not a whole model."""
     rates = selected_rates(one) or {}
     lines = ["---", yaml.safe_dump(_front(summary, one, sources, rates, adapter), sort_keys=False).rstrip(), "---"]
-    lines += [f"# {summary['run']}: {one['name']}, realigned", ""]
+    lines += [f"# {_cell(summary['run'])}: {_cell(one['name'])}, realigned", ""]
     made = ", ".join(f"`{_cell(s.hub or s.name)}` ({_cell(s.role)})" for s in sources)
     lines += [f"The {one.get('selected')} form of a safety realignment of {made}.", ""]
     lines += [*_rates_table(summary, one, rates), *_landscape(one), *_gate(one), *_lineage(summary, one)]

@@ -26,7 +26,7 @@ def render_runs_compared(found: Comparison) -> str:
             Line(f"{pair.model or 'aligned'}{f', {pair.variants[1]}' if pair.model else ''}", marks)
             for pair in found.pairs
             for line in pair.lines
-            if line.metric == metric and line.set is None and (marks := _marks(line))
+            if not pair.same and line.metric == metric and line.set is None and (marks := _marks(line))
         ]
         if lines:
             charts.append(interval_chart(lines, title=f"{METRIC_NAMES[metric]}, %", whole=metric != "over_refusal"))
