@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from components.errors import GateError
+from components.errors import GateError, RealignError, TrackingError, listed
 from components.leases import acquire
 from components.published import MODEL, model_files, weights_sha256
 from components.records import Record
@@ -14,7 +14,7 @@ from components.reporting.heat_map import density_svg, layer_figures
 from components.reporting.schema import FinetuneSummary, RunSummary, shown_models
 from components.storage import storage_errors, write_atomic
 from components.tracked import Point, TrackedRun, rate_metrics, read_series
-from components.tracking import CHAMPION, EVALUATION_TAG, GATE_TAG, Registered, Tracker
+from components.tracking import CHAMPION, EVALUATION_TAG, GATE_TAG, Registered, Tracker, TrackingUnavailableError
 from components.tracking.names import CONFIG_TAG, FORM_TAG, RECORD_TAG
 from pipelines.driver import RunState
 from pipelines.gate import InService, registered_name
@@ -44,7 +44,26 @@ def track_and_register(run: RunState, summary: RunSummary) -> list[str]:
             for entry in shown_models(summary):
                 _register(run, entry, tracker, ids[entry["name"]])
     # Weights are hashed for a promotion, which may take minutes; the registry needs no lease.
-    return [one["name"] for one in shown_models(summary) if not _promoted(run, one, tracker)]
+    return _promote_all(run, summary, tracker) if run.config.tracking.promote else []
+
+
+def _promote_all(run: RunState, summary: RunSummary, tracker: Tracker) -> list[str]:
+    """Each by itself: names of those whose gate turned out to be shut, and afterwards what else was wrong with any."""
+    refused: list[str] = []
+    wrong: list[str] = []
+    for entry in shown_models(summary):
+        try:
+            _promote(entry, tracker)
+        except GateError as error:
+            entry.setdefault("notes", []).append(f"promote: {error}")
+            refused.append(entry["name"])
+        except TrackingUnavailableError:
+            raise
+        except RealignError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise TrackingError(listed(wrong))
+    return refused
 
 
 def _register(run: RunState, entry: FinetuneSummary, tracker: Tracker, run_id: str) -> None:
@@ -70,26 +89,20 @@ def _register(run: RunState, entry: FinetuneSummary, tracker: Tracker, run_id: s
     entry["registry"] = {"name": name, "version": version}
 
 
-def _promoted(run: RunState, entry: FinetuneSummary, tracker: Tracker) -> bool:
-    """False where a promotion was wanted and refused: the version in service is not the one the gate was decided against."""
+def _promote(entry: FinetuneSummary, tracker: Tracker) -> None:
     registered, gate = entry.get("registry"), entry.get("gate")
-    if not run.config.tracking.promote or registered is None or gate is None:
-        return True
+    if registered is None or gate is None:
+        return
     registered["promoted"] = False
     if not gate["passed"]:
-        return True  # which is told already
-    try:
-        done = promote(tracker, registered["name"], registered["version"], once=True)
-    except GateError as error:
-        entry.setdefault("notes", []).append(f"promote: {error}")
-        return False
+        return
+    done = promote(tracker, registered["name"], registered["version"], once=True)
     registered["promoted"] = done.service.champion == done.version.number
     if not registered["promoted"]:
         entry.setdefault("notes", []).append(
             f"promote: {done.version} stays as it is: it was in service before, or version {done.service.champion}, which is "
             "in service, is newer; `realign promote` puts it there"
         )
-    return True
 
 
 def in_service(run: RunState, patience: Patience) -> InService:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-from components.errors import TrackingError
+from components.errors import RealignError
 from components.leases import try_acquire
 from components.reporting.schema import FinetuneSummary, RunSummary
 from components.storage import Workspace
@@ -22,9 +22,8 @@ from pipelines.config import RunConfig
 from pipelines.driver import NodeState, RunState, Watcher
 from pipelines.roots import Roots
 
-EVERY_SECONDS = 30.0
-"""Between two looks; a finetune whose stages have all ended is shown at once."""
-_SOON_SECONDS = 2.0
+_SOON_SECONDS = 1.0
+"""Rest after each write, so that many models that end together are written together."""
 _LEAVE_SECONDS = 45.0
 """How long the end of a run waits for a request that is under way: mlflow's own are bounded by about as much."""
 
@@ -47,7 +46,7 @@ class _Live:
         self._base = RunState(config, workspace, roots, {})
         self._latest: RunState | None = None
         self._shown: set[str] = set()
-        self._due = time.monotonic() + EVERY_SECONDS
+        self._due = time.monotonic() + config.tracking.every_s
         self._wake, self._over = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -59,7 +58,7 @@ class _Live:
             return
         if time.monotonic() < self._due and not self._finished_one(nodes, made - self._shown):
             return
-        self._shown, self._due = made, time.monotonic() + EVERY_SECONDS
+        self._shown, self._due = made, time.monotonic() + self._base.config.tracking.every_s
         self._latest = replace(self._base, nodes={name: replace(state) for name, state in nodes.items()})
         self._wake.set()
         if self._thread is None:
@@ -93,7 +92,7 @@ class _Live:
                 try:
                     tracker = tracker or tracker_of(state)
                     tracker.project(tracked(state, so_far(state)), ended=False)
-                except TrackingError:
+                except (RealignError, OSError):
                     # The end of the run says so, should it last. A tracker remembers what it wrote, and the server may not.
                     tracker = None
             self._over.wait(_SOON_SECONDS)

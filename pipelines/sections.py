@@ -258,6 +258,8 @@ class TrackingSection(Section):
     """Register every realigned finetune as a model version."""
     promote: bool = False
     """Put every version whose gate passed in service (alias `champion`); needs a gate."""
+    every_s: float = Field(default=30.0, ge=1)
+    """How often a run that goes on is shown, at least; a model whose stages have all ended is shown at once."""
     patience_s: float = Field(default=60.0, ge=0)
     """How long the end of a run waits for a server that is away."""
 

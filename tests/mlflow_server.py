@@ -71,3 +71,19 @@ class MlflowServer:
             "auth_cache_ttl_seconds = 600\n"
         )
         return path
+
+
+PASSWORD = "one-of-the-users"
+
+
+def create_user(uri: str, name: str) -> None:
+    """Somebody with PASSWORD. Only the administrator may; the caller's environment is left as it was."""
+    before = {key: os.environ.get(key) for key in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")}
+    from mlflow.server.auth.client import AuthServiceClient
+
+    os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = ADMIN
+    try:
+        AuthServiceClient(uri).create_user(name, PASSWORD)
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})

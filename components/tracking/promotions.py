@@ -19,12 +19,13 @@ import random
 import time
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from components.errors import TrackingError
 from components.tracking.names import CHAMPION, LEDGER_TAG, PREVIOUS
 from components.tracking.registry import Registry, pages
-from components.tracking.server import TrackingUnavailableError, error_code, talking
+from components.tracking.server import TrackingUnavailableError, again, crowded, error_code, talking
 
 Kind = Literal["promote", "rollback"]
 _SOURCE = "realign:///promotion"
@@ -109,25 +110,24 @@ class Ledger:
             _TOKEN: token,
         }  # fmt: skip
         said = f"{kind}: version {version} in service" + (f", before it {against.champion}" if against.champion else "")
+        written = False
         for left in reversed(range(_TRIES)):
             try:
-                with talking(self.registry.uri, self._about):
-                    self._make()
-                    self.registry.client.create_model_version(
-                        self.model, _SOURCE, tags=tags, description=said, await_creation_for=0
-                    )
-            except TrackingUnavailableError:
-                if left == 0:
-                    raise
+                if not written:
+                    with talking(self.registry.uri, self._about):
+                        self._make()
+                        create = self.registry.client.create_model_version
+                        create(self.model, _SOURCE, tags=tags, description=said, await_creation_for=0)
+                    written = True
             except TrackingError as error:
-                # MLflow gives up drawing a number where many draw at once; sqlite may be locked for long.
-                if left == 0 or not _crowded(error):
+                # MLflow gives up drawing a number where many draw at once.
+                if left == 0 or not (isinstance(error, TrackingUnavailableError) or crowded(error)):
                     raise
             entries = self.entries()
             if any(one.token == token for one in entries.values()):
                 return entries
-            time.sleep(random.uniform(0, _PAUSE_S * 2))
-        raise TrackingError(f"{self.model} takes no entry; try again")
+            time.sleep(random.uniform(0, 2 * _PAUSE_S))
+        raise TrackingError(f"{self.model} does not show what was written to it; try again")
 
     def _make(self) -> None:
         from mlflow.exceptions import MlflowException
@@ -150,7 +150,9 @@ class Ledger:
             found = now
         if not entries[found.entry].applied:
             with talking(self.registry.uri, self._about):
-                self.registry.client.set_model_version_tag(self.model, str(found.entry), _APPLIED, "yes")
+                again(
+                    partial(self.registry.client.set_model_version_tag, self.model, str(found.entry), _APPLIED, "yes")
+                )
         return found
 
     def _write(self, found: Service) -> None:
@@ -158,7 +160,7 @@ class Ledger:
         with talking(self.registry.uri, self._about):
             for alias, version in ((PREVIOUS, found.previous), (CHAMPION, found.champion)):
                 if version is not None:
-                    self.registry.client.set_registered_model_alias(self.name, alias, str(version))
+                    again(partial(self.registry.client.set_registered_model_alias, self.name, alias, str(version)))
 
 
 def _chain(entries: dict[int, Entry]) -> list[int]:
@@ -177,10 +179,6 @@ def held(entries: dict[int, Entry]) -> Service:
         return Service()
     last = entries[chain[-1]]
     return Service(last.number, last.version, last.champion, frozenset(entries[number].version for number in chain))
-
-
-def _crowded(error: TrackingError) -> bool:
-    return any(sign in str(error) for sign in ("Giving up after", "database is locked"))
 
 
 def _entry(found: Any) -> Entry:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from components.errors import TrackingError, listed
@@ -20,7 +21,7 @@ from components.tracking.names import (
     SHA256_TAG,
     WEIGHTS_TAG,
 )
-from components.tracking.server import Server, error_code, talking
+from components.tracking.server import Server, again, error_code, talking
 
 _PAGE = 200
 _BATCH = 1000
@@ -187,7 +188,7 @@ class Registry(Server):
     def _tag(self, name: str, number: int | str, there: Mapping[str, str], tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
             if there.get(key) != value:
-                self.client.set_model_version_tag(name, str(number), key, value)
+                again(partial(self.client.set_model_version_tag, name, str(number), key, value))
 
     def _evaluated_again(self, version: Any, asked: Registered) -> None:
         """Make a registered version show its latest evaluation. EVALUATION_TAG comes last: it says that all is there."""
@@ -237,7 +238,7 @@ class Registry(Server):
     def _point(self, name: str, alias: str, version: str) -> None:
         holder = self.client.get_registered_model(name).aliases.get(alias)
         if holder is None or int(holder) < int(version):
-            self.client.set_registered_model_alias(name, alias, version)
+            again(partial(self.client.set_registered_model_alias, name, alias, version))
 
 
 def log_metrics(client: Any, run_id: str, points: Sequence[Point], time_ms: int, model_id: str | None = None) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
+import random
+import ssl
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ _ABANDONED_SECONDS = 600.0
 """Age from which a database that was not finished belongs to a dead process."""
 _REQUESTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """mlflow by itself asks a server that is gone for four minutes; whoever sets these gets what they set."""
+
+
+_ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+_CROWDED = ("UNIQUE constraint", "duplicate key", "Duplicate entry", "database is locked", "Giving up after", "eadlock")
+_TRIES = 8
+_PAUSE_S = 0.2
 
 
 class TrackingUnavailableError(TrackingError):
@@ -48,6 +55,7 @@ class Server:
         import mlflow
 
         tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+        given = {key: os.environ.get(key) for key in _ADDRESSES}
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
         try:
@@ -55,6 +63,7 @@ class Server:
         finally:
             mlflow.set_tracking_uri(tracking)
             mlflow.set_registry_uri(registry)
+            _restore(given)  # mlflow writes them there, too, and every process that is started inherits them
 
 
 def default_uri(workspace: Path) -> str:
@@ -98,7 +107,8 @@ def require_reachable(uri: str, *, tries: int = 3, wait_s: float = 1.0) -> None:
         return
     for left in reversed(range(tries)):
         try:
-            with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=10):
+            # Whether somebody is there; nothing secret is sent, and whose certificate it is, mlflow checks as it is set to.
+            with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=10, context=_unverified(uri)):
                 return
         except urllib.error.HTTPError as error:
             if error.code == 403:
@@ -117,42 +127,41 @@ def require_reachable(uri: str, *, tries: int = 3, wait_s: float = 1.0) -> None:
         time.sleep(wait_s)
 
 
+def _unverified(uri: str) -> ssl.SSLContext | None:
+    return ssl._create_unverified_context() if uri.startswith("https://") else None
+
+
 def _require_version(uri: str, ours: str) -> None:
     """Another major version has other routes and other meanings. A server that does not say its version is left to show by
     its answers what it is."""
     if not uri.startswith(("http://", "https://")):
         return
-    request = urllib.request.Request(uri.rstrip("/") + "/version", headers=_authorization())
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            theirs = answer.read(100).decode(errors="replace").strip()
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            raise TrackingError(_not_let_in(uri)) from error
-        return
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
-        raise TrackingUnavailableError(f"the tracking server at {uri} went away ({error}); start it again") from error
+    from mlflow.utils.rest_utils import http_request
+
+    answer = http_request(_credentials(uri), "/version", "GET", raise_on_status=False)
+    if answer.status_code == 401:
+        raise TrackingError(_not_let_in(uri))
+    theirs = answer.text.strip() if answer.status_code == 200 else ""
     major = theirs.split(".")[0]
     if major.isdigit() and major != ours.split(".")[0]:
         raise TrackingError(
-            f"{uri} is MLflow {theirs}, and this is MLflow {ours}: their major versions must be one; "
+            f"{uri} is MLflow {theirs[:20]}, and this is MLflow {ours}: their major versions must be one; "
             "upgrade the older of the two"
         )
 
 
-def _authorization() -> dict[str, str]:
-    """What mlflow itself would send, as far as the environment says it."""
-    token, user = os.environ.get("MLFLOW_TRACKING_TOKEN"), os.environ.get("MLFLOW_TRACKING_USERNAME")
-    if user is not None:
-        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
-        return {"Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
-    return {"Authorization": f"Bearer {token}"} if token else {}
+def _credentials(uri: str) -> Any:
+    """What mlflow itself would send: of the environment, or of its credentials file."""
+    from mlflow.tracking._tracking_service.utils import get_default_host_creds
+
+    return get_default_host_creds(uri)
 
 
 def _not_let_in(uri: str) -> str:
-    if _authorization():
-        user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-        return f"{uri} does not take the name or password of {user or 'the token'} (401); correct {CREDENTIALS}"
+    given = _credentials(uri)
+    if given.username or given.token:
+        who = f"name and password of {given.username}" if given.username else "token"
+        return f"{uri} does not take the {who} (401); correct {CREDENTIALS}"
     return f"{uri} asks who you are (401); set {CREDENTIALS}"
 
 
@@ -194,7 +203,7 @@ def _in_words(uri: str, about: str, status: int, first: str, code: str = "") -> 
     if status == 401:
         return TrackingError(_not_let_in(uri))
     if status == 403:
-        who = os.environ.get("MLFLOW_TRACKING_USERNAME", "this user")
+        who = _credentials(uri).username or "you"
         return TrackingError(
             f"{uri} denies {who} the rights on {about or 'what was asked'} (403); have EDIT on it granted, or set "
             f"{CREDENTIALS} of somebody who has it"
@@ -217,9 +226,15 @@ def _bounded() -> Iterator[None]:
     try:
         yield
     finally:
-        for key, value in given.items():
-            if value is None:
-                os.environ.pop(key, None)
+        _restore(given)
+
+
+def _restore(given: Mapping[str, str | None]) -> None:
+    for key, value in given.items():
+        if value is None:
+            os.environ.pop(key, None)
+        else:
+            os.environ[key] = value
 
 
 @contextlib.contextmanager
@@ -234,6 +249,27 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         MLFLOW_LOGGING_STREAM.enabled = shown
+
+
+def again(action: Callable[[], None]) -> None:
+    """Do what may be done twice, and once more where it met another who wrote the same: MLflow looks first whether a tag or an
+    alias is there and then inserts it, and of two who do so at once one is refused by the database."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for left in reversed(range(_TRIES)):
+        try:
+            return action()
+        except (MlflowException, SQLAlchemyError) as error:
+            if left == 0 or not crowded(error):
+                raise
+        time.sleep(random.uniform(0, _PAUSE_S))
+    return None
+
+
+def crowded(error: Exception) -> bool:
+    """Whether a write failed for no other reason than that others wrote at the same time."""
+    return any(sign in str(error) for sign in _CROWDED)
 
 
 def error_code(error: Exception) -> str:

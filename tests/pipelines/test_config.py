@@ -195,3 +195,15 @@ def test_the_lora_track_wants_adapters_over_one_base(place: Path) -> None:
     config = load_config(place / "realign.yaml")
     assert config.base == place / "base"
     assert config.finetunes[0].is_adapter
+
+
+@pytest.mark.parametrize(
+    ("tracking", "told"),
+    [
+        ("{promote: true}", "tracking.promote needs `gate`, which says when a model may serve"),
+        ("{promote: true, register: false}", "may serve and tracking.register: true"),
+    ],
+)
+def test_promotion_needs_a_gate_and_a_registry(place: Path, tracking: str, told: str) -> None:
+    [problem] = problems(place, GOOD + f"tracking: {tracking}\n")
+    assert told in problem

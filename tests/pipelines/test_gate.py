@@ -86,6 +86,30 @@ def test_a_run_whose_gate_is_shut_ends_with_status_3(directory: Path, config: di
     assert version.tags[GATE_TAG] == "shut"  # the version is there; nobody has promoted it
 
 
+def test_a_run_promotes_what_passes(directory: Path, config: dict[str, Any]) -> None:
+    promoting = {**config, "tracking": {"promote": True}}
+    done, entry = gated(directory, promoting, {"metric": "task", "at_least": 1.0})
+    assert (done.returncode, entry["registry"]["promoted"]) == (3, False), done.stderr
+    assert "registry, zh: small-zh version 1, not promoted" in done.stdout
+    assert CHAMPION not in registry(directory).get_registered_model("small-zh").aliases
+    for _ in range(2):  # the second time it is there
+        done, entry = gated(directory, promoting, {"metric": "asr", "at_most": 1.0})
+        assert done.returncode == 0, done.stderr
+        assert entry["registry"] == {"name": "small-zh", "version": "1", "promoted": True}
+        assert "registry, zh: small-zh version 1, in service (champion)" in done.stdout
+    assert str(registry(directory).get_registered_model("small-zh").aliases[CHAMPION]) == "1"
+    [version] = versions(directory)
+    for key in (
+        "identity.aligned",
+        "identity.finetune",
+        "evaluation.aligned",
+        "evaluation.finetune",
+        "parent.train_mask",
+    ):
+        assert version.tags[f"realign.{key}"]
+    assert version.tags["realign.config"] == "small"
+
+
 def test_the_version_in_service_is_what_the_registry_says(directory: Path, config: dict[str, Any]) -> None:
     client = registry(directory)
     [version] = versions(directory)
