@@ -31,7 +31,7 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
-        if tag in ("td", "th"):
+        if tag in ("td", "th", "dt", "dd"):
             self.text += " "
 
     def handle_data(self, data: str) -> None:
@@ -97,7 +97,7 @@ def test_every_number_of_the_summary_is_there() -> None:
         "registered: demo-zh version 7",
         "Made by 0.1.0 (abc), 0.1.1.",
         "zh – 24.6 s 1 min 6 s",
-        "760 12\u202f345 1.5 GB 2.5 MB",
+        "760 12 345 1.5 GB 2.5 MB",
         "3 min 32 s",
         "demo-zh version 7",
         "alpha 0.25",
