@@ -89,7 +89,7 @@ class Record(BaseModel):
     parents: dict[str, str]
     """role -> `<stage>/<fingerprint>`."""
     outputs: dict[str, OutputFile]
-    """Relative path -> size and hash. Every file beside the record is listed."""
+    """Relative path -> size and hash. Every file beside the record is listed but for the model card, which runs write."""
     metrics: dict[str, Any]
     notes: list[str] = []
     """What a reader must know: what was left out, what was rounded."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from components.errors import ConfigError, RealignError
-from pipelines import cli_registry
+from pipelines import cli_compare, cli_registry
 from pipelines.interrupts import interruptible
 
 app = typer.Typer(
@@ -352,6 +352,7 @@ def testbed_build(
     typer.echo(f"{where}/realign.yaml")
 
 
+cli_compare.add_to(app)
 cli_registry.add_to(app)
 
 

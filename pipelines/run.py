@@ -1,8 +1,9 @@
-"""`realign run`: stages, then summary, then the actions (tracking, registry), then the report. The summary always appears."""
+"""`realign run`: stages, summary, actions (tracking, registry), then report and model cards. The summary always appears."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from components.errors import GateError, RealignError
@@ -11,14 +12,16 @@ from components.reporting.schema import RunSummary
 from components.reporting.table import comparison_caption, comparison_table, comparison_text
 from components.storage import Workspace
 from pipelines.actions import in_service, track_and_register
+from pipelines.cards import write_cards
 from pipelines.config import RunConfig
 from pipelines.display import progress_display
-from pipelines.driver import NodeState, run_stages
+from pipelines.driver import NodeState, RunState, run_stages
 from pipelines.gate import decide_gates
 from pipelines.landscapes import add_landscapes
 from pipelines.live_tracking import live_tracking
 from pipelines.patience import Patience
 from pipelines.preflight import require_memory
+from pipelines.report_action import log_report
 from pipelines.roots import find_roots
 from pipelines.summary import failures, summarise, write_summary
 
@@ -34,11 +37,11 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     roots = find_roots(config, root / ".identities")
     require_memory(config, workspace, roots)
     patience = Patience(config.tracking.patience_s)
-    with progress_display(workspace) as shown, live_tracking(config, workspace, roots) as tracked:
+    with progress_display(workspace) as shown, live_tracking(config, workspace, roots) as live:
 
         def watch(nodes: dict[str, NodeState]) -> None:
             shown(nodes)
-            tracked(nodes)
+            live(nodes)
 
         state = run_stages(config, workspace, roots, watch)
     summary = summarise(state)
@@ -47,13 +50,12 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     add_landscapes(state, summary)
     shut = decide_gates(state, summary, in_service(state, patience))
     write_summary(summary, root / "summary.json")
-    try:
-        shut += patience(lambda: track_and_register(state, summary))
-    except RealignError as error:
-        failed.append(f"tracking: {error}")
-        summary.setdefault("notes", []).append(f"tracking: {error}")
-    write_summary(summary, root / "summary.json")
-    write_report(summary, root / "report.html")
+    if _told(summary, failed, lambda: shut.extend(patience(lambda: track_and_register(state, summary)))):
+        _write_all(state, summary)
+        # Last, for the report names the registered versions.
+        _told(summary, failed, lambda: patience(lambda: log_report(state, summary)))
+    if failed:
+        _write_all(state, summary)  # with what tracking had to say
     _print_table(summary)
     for name in ("summary.json", "report.html"):
         sys.stdout.write(f"{root / name}\n")
@@ -62,6 +64,25 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     if shut and not failed:
         raise GateError(f"the gate is shut for {', '.join(shut)}; see {root / 'summary.json'}")
     return failed
+
+
+def _told(summary: RunSummary, failed: list[str], track: Callable[[], None]) -> bool:
+    """Whether tracking went well: what a server refuses fails the run, and takes nothing else from it."""
+    try:
+        track()
+    except RealignError as error:
+        failed.append(f"tracking: {error}")
+        summary.setdefault("notes", []).append(f"tracking: {error}")
+        return False
+    return True
+
+
+def _write_all(state: RunState, summary: RunSummary) -> None:
+    """Summary, report and model cards, with what is known now."""
+    root = state.workspace.root
+    write_summary(summary, root / "summary.json")
+    write_report(summary, root / "report.html")
+    write_cards(state, summary)
 
 
 def _print_table(summary: RunSummary) -> None:

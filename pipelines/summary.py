@@ -14,6 +14,7 @@ from components.records import Record
 from components.reporting.schema import FinetuneSummary, Rates, RunSummary
 from components.storage import storage_errors, write_atomic
 from pipelines.driver import RunState
+from pipelines.provenance import add_provenance, delta_tensors
 
 _AFTER = ("soft", "binary")
 _CONTROLS = ("paper_soft", "paper_binary", "interpolation", "resta", "random_mask")
@@ -39,6 +40,7 @@ def summarise(run: RunState) -> RunSummary:
     }
     if run.config.merges:
         summary["merged"] = [_model(run, merge.name) for merge in run.config.merges]
+    add_provenance(run, summary)
     return summary
 
 
@@ -136,6 +138,7 @@ def _add_statistics(run: RunState, entry: FinetuneSummary) -> None:
         entry["delta"] = {"norm": overall["norm"], "zero_fraction": overall["zeros"]}
         if overall["relative_norm"] is not None:
             entry["delta"]["relative_norm"] = overall["relative_norm"]
+        entry["delta"]["tensors"] = delta_tensors(run.result_dir(delta))
         together = run.record(None, "compare_deltas")
         if together:
             found = together.metrics["cosines"].get(entry["name"], {})

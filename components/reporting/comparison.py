@@ -115,12 +115,20 @@ def render_comparison(
             decisions=decisions,
             confidence=f"{confidence:.0%}",
             metric_names=METRIC_NAMES,
-            shown=max(
-                2, min(_SHOWN, _SHOWN_IN_ALL // max(1, sum(len(f) for one in others for f in one.flips.values())))
-            ),
-            cut=lambda text: text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…",
+            shown=shown_flips(others),
+            cut=cut,
         )
     )
+
+
+def shown_flips(others: Sequence[Compared]) -> int:
+    """How many flipped prompts of each kind a page shows."""
+    return max(2, min(_SHOWN, _SHOWN_IN_ALL // max(1, sum(len(f) for one in others for f in one.flips.values()))))
+
+
+def cut(text: str) -> str:
+    """A text as long as a page shows it."""
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def write_comparison(path: Path, **content: Any) -> None:

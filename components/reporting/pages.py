@@ -26,7 +26,9 @@ def pages() -> Environment:
     environment = Environment(
         loader=PackageLoader("components.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(percent=percent, compact=compact, exact=_exact, seconds=_seconds)
+    environment.filters.update(
+        percent=percent, compact=compact, exact=_exact, seconds=_seconds, count=_count, bytes=_bytes
+    )
     return environment
 
 
@@ -39,3 +41,14 @@ def _exact(interval: Interval | None) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 60 else f"{int(value // 60)} min {value % 60:.0f} s"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}".replace(",", "\u202f")
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "–"
+    unit, size = ("GB", 1e9) if value >= 1e9 else ("MB", 1e6)
+    return f"{value / size:.3g} {unit}"

@@ -110,7 +110,7 @@ def cell(rates: Rates, column: Column) -> Interval | None:
     return rates.get(column.metric)  # type: ignore[return-value]
 
 
-def _interval(landscape: LandscapeSummary | None) -> Interval | None:
+def visage_of(landscape: LandscapeSummary | None) -> Interval | None:
     """VISAGE as a rate."""
     found = landscape.get("visage") if landscape is not None else None
     if found is None:
@@ -143,7 +143,7 @@ def compact(interval: Interval | None) -> str:
 
 def _models(summary: RunSummary) -> Iterator[tuple[str, _Shown]]:
     if summary["aligned"]:
-        yield "", _Shown("aligned", summary["aligned"], _interval(summary.get("landscape")))
+        yield "", _Shown("aligned", summary["aligned"], visage_of(summary.get("landscape")))
     for one in shown_models(summary):
         for shown in _variants(one):
             yield one["name"], shown
@@ -152,7 +152,7 @@ def _models(summary: RunSummary) -> Iterator[tuple[str, _Shown]]:
 def _variants(one: FinetuneSummary) -> Iterator[_Shown]:
     first = (("before", one.get("before")), ("soft", one.get("after_soft")), ("binary", one.get("after_binary")))
     drawn = one.get("landscape", {})
-    visage = {"before": _interval(drawn.get("before")), one.get("selected"): _interval(drawn.get("realigned"))}
+    visage = {"before": visage_of(drawn.get("before")), one.get("selected"): visage_of(drawn.get("realigned"))}
     for label, rates in (*first, ("adapter", one.get("after_adapter")), *one.get("controls", {}).items()):
         if rates:
             yield _Shown(label, rates, visage.get(label))

@@ -81,7 +81,7 @@ class DeltaStatistics(TypedDict, total=False):
     cosines: dict[str, float]
     """other finetune -> cosine between the two deltas; absent where one of them is zero, which has no direction."""
     tensors: dict[str, dict[str, float]]
-    """tensor name -> statistic -> value."""
+    """tensor name -> norm, aligned_norm, zeros (share of weights that did not move)."""
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -164,6 +164,32 @@ class RegistryEntry(TypedDict):
     """Whether it is in service (`champion`) now; absent where the run promotes nothing."""
 
 
+class StepRecord(TypedDict):
+    """Where a number comes from: the record of a step."""
+
+    reference: str
+    """`<stage>/<fingerprint>`: its directory in the workspace."""
+    parents: dict[str, str]
+    """role -> reference of the record that it was made from."""
+    code: str
+    """Version of this program, and its commit where that is known."""
+    identity: NotRequired[str]
+    """Of a root model: SHA-256 over its weights."""
+
+
+class StepCost(TypedDict, total=False):
+    """What a step took, of the attempt that made its record; what its record does not say is absent."""
+
+    seconds: float
+    prompts: int
+    """Answered, of all splits and sets."""
+    tokens: int
+    """Generated for these answers."""
+    peak_memory_bytes: int
+    bytes_written: int
+    """All files of the result."""
+
+
 Variant = Literal["soft", "binary"]
 
 
@@ -195,6 +221,10 @@ class FinetuneSummary(TypedDict):
     """The page with the landscapes of the aligned model, the finetune and the selected form."""
     seconds: NotRequired[dict[str, float]]
     """stage -> wall seconds of the run that made its record."""
+    records: NotRequired[dict[str, StepRecord]]
+    """step -> its record."""
+    cost: NotRequired[dict[str, StepCost]]
+    """step -> what it took."""
     density: NotRequired[Density]
     delta: NotRequired[DeltaStatistics]
     comparisons: NotRequired[dict[str, dict[str, Difference]]]
@@ -214,8 +244,14 @@ class RunSummary(TypedDict):
     """Of the aligned model."""
     finetunes: list[FinetuneSummary]
     merged: NotRequired[list[FinetuneSummary]]
+    asked: NotRequired[dict[str, Any]]
+    """What decides the numbers, of the run's config: models by name, prompt sets, judge, mask, fusion, gate, landscape."""
     seconds: NotRequired[dict[str, float]]
     """stage -> wall seconds, of the stages that run once."""
+    records: NotRequired[dict[str, StepRecord]]
+    """step -> its record, of the steps that run once."""
+    cost: NotRequired[dict[str, StepCost]]
+    """step -> what it took, of the steps that run once."""
     confidence: NotRequired[float]
     """Of the intervals; 0.95 in summaries that do not say."""
     created: NotRequired[str]
@@ -251,6 +287,12 @@ def read_summary(path: Path) -> RunSummary:
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     return check_summary(data, where=str(path))
+
+
+def selected_rates(one: FinetuneSummary) -> Rates | None:
+    """Of the form that is selected; None where none is, or it was not measured."""
+    selected = one.get("selected")
+    return one.get(f"after_{selected}") if selected else None  # type: ignore[return-value]
 
 
 def shown_models(summary: RunSummary) -> list[FinetuneSummary]:

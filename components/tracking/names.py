@@ -5,6 +5,8 @@ from __future__ import annotations
 FINGERPRINT_TAG = "realign.fingerprint"
 PROJECTED_TAG = "realign.projected"
 """Hash of what was projected: set last, so a run that has it is complete."""
+ATTACHED_TAG = "realign.attached"
+"""Identity of what a run's report says: set last, so a run that has it has the files."""
 DIFFERING_TAG = "realign.params_differ"
 WEIGHTS_TAG = "weights_uri"
 SHA256_TAG = "sha256"

@@ -8,13 +8,13 @@ outage is the same call and changes nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from components.errors import TrackingError
 from components.tracked import Point, TrackedRun, content_hash, flat
-from components.tracking.names import DIFFERING_TAG, FINGERPRINT_TAG, PROJECTED_TAG
+from components.tracking.names import ATTACHED_TAG, DIFFERING_TAG, FINGERPRINT_TAG, PROJECTED_TAG
 from components.tracking.registry import Registered, Registry, log_metrics
 from components.tracking.server import default_uri, error_code, is_local, talking
 
@@ -53,6 +53,20 @@ class Tracker(Registry):
                 self._write(child, ids[child.name], identity, close=ended)
             self._write(run, top, run.fingerprint, close=close)
         return ids
+
+    def attach(self, identity: str, files: Sequence[Path], *, content: str) -> None:
+        """Show files with the run of that fingerprint (or the environment's MLFLOW_RUN_ID), which `project` has made. `content`
+        is the identity of what they say: where the run has it already, nothing is written."""
+        given = os.environ.get("MLFLOW_RUN_ID")
+        with talking(self.uri, self._about):
+            found = self.client.get_run(given) if given else self._find(identity)
+            if found is None:
+                raise TrackingError(f"tracking at {self.uri} has no run {identity}; run again to have it shown")
+            if found.data.tags.get(ATTACHED_TAG) == content:
+                return
+            for path in files:
+                self.client.log_artifact(found.info.run_id, str(path))
+            self.client.set_tag(found.info.run_id, ATTACHED_TAG, content)
 
     def register(self, asked: Registered, *, experiment_id: str | None = None) -> str:
         """As Registry.register, in the tracker's own experiment."""

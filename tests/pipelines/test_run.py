@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,3 +208,78 @@ def test_every_fingerprint_follows_from_the_record_itself(finished: Finished) ->
         )
         assert reference == f"{record['stage']}/{again}"
         assert str(finished.workspace) not in json.dumps(record["semantics"])
+
+
+def test_the_report_is_logged_and_names_the_registered_version(finished: Finished) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=default_uri(finished.workspace))
+    experiment = client.get_experiment_by_name("small")
+    [top] = [r for r in client.search_runs([experiment.experiment_id]) if "mlflow.parentRunId" not in r.data.tags]
+    assert {"report.html", "summary.json"} <= {a.path for a in client.list_artifacts(top.info.run_id)}
+    logged = Path(client.download_artifacts(top.info.run_id, "report.html", str(finished.config_path.parent)))
+    assert "registered: small-zh version 1" in logged.read_text()
+    assert "is nan" in logged.read_text()
+
+
+def test_the_summary_says_what_was_asked_where_it_comes_from_and_what_it_took(finished: Finished) -> None:
+    summary, zh = finished.summary, finished.finetune("zh")
+    assert summary["asked"]["mask"]["steps"] == 25
+    assert summary["asked"]["finetunes"] == {"zh": "full model", "hi": "LoRA adapter", "broken": "full model"}
+    published = records(finished.workspace)
+    for step, told in zh["records"].items():
+        assert told["parents"] == published[told["reference"]]["parents"], step
+    evaluated = zh["records"]["evaluate_soft"]["reference"]
+    lines = [
+        json.loads(line)
+        for path in (finished.workspace / evaluated).glob("*/answers/*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    cost = zh["cost"]["evaluate_soft"]
+    assert (cost["prompts"], cost["tokens"]) == (len(lines), sum(line["tokens"] for line in lines))
+    assert cost["prompts"] > zh["after_soft"]["asr"]["n"]
+    files = published[evaluated]["outputs"].values()
+    assert cost["bytes_written"] == sum(file["bytes"] for file in files)
+
+
+def test_a_card_with_the_summarys_numbers_lies_beside_the_selected_weights(finished: Finished) -> None:
+    from huggingface_hub import ModelCard
+
+    from components.storage import Workspace
+
+    for name in ("zh", "hi"):
+        one = finished.finetune(name)
+        directory = Path(one["fused"][one["selected"]])
+        card = ModelCard.load(directory / "README.md")
+        told = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results or ()}
+        rates = one[f"after_{one['selected']}"]
+        assert told["all test sets that count", "asr"] == rates["asr"]["value"]
+        assert told[name, "task"] == rates["sets"][name]["task"]["value"]
+        assert f"Registered as small-{name} version 1." in card.text
+        assert str(finished.workspace) not in card.content
+        fused = one["records"][f"fuse_{one['selected']}"]["reference"]
+        record = Workspace(finished.workspace).record(*fused.split("/"))
+        assert record is not None, "the record's check of its files takes the card"
+        assert "model/README.md" not in record.outputs
+
+
+def test_a_run_is_compared_with_another(finished: Finished, tmp_path: Path) -> None:
+    shutil.copytree(finished.workspace, tmp_path / "other")
+    found = json.loads((tmp_path / "other" / "summary.json").read_text())
+    zh = next(one for one in found["finetunes"] if one["name"] == "zh")
+    form = zh["selected"]
+    other = "soft" if form == "binary" else "binary"
+    zh["selected"] = other
+    (tmp_path / "other" / "summary.json").write_text(json.dumps(found))
+    command = [sys.executable, "-m", "pipelines.cli", "compare", str(finished.workspace), str(tmp_path / "other")]
+    page = tmp_path / "compared.html"
+    told = subprocess.run([*command, "--json", "--html", str(page)], capture_output=True, text=True, check=True)
+    pairs = {(p["model"], *p["variants"]): p for p in json.loads(told.stdout)["pairs"]}
+    assert pairs["zh", "before", "before"]["same"]
+    apart = next(x for x in pairs["zh", form, other]["lines"] if (x["metric"], x["set"]) == ("asr", None))
+    known = zh["comparisons"][f"{other}_vs_{form}"]["asr"]
+    assert apart["difference"] == known
+    assert f"zh, {form} against {other}" in page.read_text()
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "hi, before: one and the same evaluation in both" in text
+    assert "settings: the same" in text

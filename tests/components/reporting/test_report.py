@@ -31,7 +31,7 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
-        if tag in ("td", "th"):
+        if tag in ("td", "th", "dt", "dd"):
             self.text += " "
 
     def handle_data(self, data: str) -> None:
@@ -53,7 +53,11 @@ def test_text_of_models_prompts_and_errors_stays_text() -> None:
 def test_the_page_asks_nothing_of_any_network() -> None:
     html = render_report(summary())
     page = Page(html)
-    assert all(not {"src", "href", "srcset", "action"} & attrs.keys() for _, attrs in page.seen)
+    assert all(not {"src", "srcset", "action"} & attrs.keys() for _, attrs in page.seen)
+    targets = {attrs.get("id") for _, attrs in page.seen}
+    links = [str(attrs["href"]) for _, attrs in page.seen if "href" in attrs]
+    assert len(links) > 5
+    assert all(link.startswith("#") and link[1:] in targets for link in links)
     assert "@import" not in html
     assert "url(" not in html
     assert "default-src 'none'" in html
@@ -83,11 +87,17 @@ def test_every_number_of_the_summary_is_there() -> None:
     text = re.sub(r"\s+", " ", page.text)
     for part in (
         "Keeps 86 % of the delta's weights; the soft mask's mean is 84 %",
-        "model.embed_tokens.weight 42",
         "Norm 3.217 (4.21 % of the aligned weights'); 6.5 % of the weights did not move",
-        "Cosine with the delta of en: 0.312.",
-        "24.6 s",
-        "1 min 6 s",
+        "mask preset realign, track weights, steps 240",
+        "test sets harmful: harmful, the first 200, harmful_hard, by itself",
+        "✗ gate shut",
+        "1.5 % of 200 prompts <i>up to</i> 4.3 %",
+        "load_aligned: load/01, weights eeeeeeeeeeeeeeee…",
+        "fuse_soft: fuse/04 of load, train_mask",
+        "registered: demo-zh version 7",
+        "Made by 0.1.0 (abc), 0.1.1.",
+        "zh – 24.6 s 1 min 6 s",
+        "760 12 345 1.5 GB 2.5 MB",
         "3 min 32 s",
         "demo-zh version 7",
         "alpha 0.25",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -97,6 +98,33 @@ def test_a_run_and_its_finetunes_appear_once(tracker: Tracker, tmp_path: Path) -
     assert top.data.params["mask.preset"] == "realign"
     assert top.data.tags[DIFFERING_TAG] == "mask.preset"
     assert top.data.tags["second"] == "yes"
+
+
+def test_files_are_attached_once_and_anew_when_they_say_something_else(tracker: Tracker, tmp_path: Path) -> None:
+    run = replace(tracked(), fingerprint=f"attached-{tmp_path.name}", children=[])
+    report = tmp_path / "report.html"
+    report.write_text("version 1")
+    with pytest.raises(TrackingError, match="no run attached-"):
+        tracker.attach(run.fingerprint, [report], content="a")
+    run_id = tracker.project(run)[""]
+
+    def shown() -> str:
+        return Path(client(tracker).download_artifacts(run_id, "report.html", str(tmp_path_of(tmp_path)))).read_text()
+
+    tracker.attach(run.fingerprint, [report], content="a")
+    assert shown() == "version 1"
+    report.write_text("the same, made at another time")
+    tracker.attach(run.fingerprint, [report], content="a")
+    assert shown() == "version 1"
+    report.write_text("version 2")
+    tracker.attach(run.fingerprint, [report], content="b")
+    assert shown() == "version 2"
+    assert tracker.project(run)[""] == run_id
+
+
+def tmp_path_of(parent: Path) -> Path:
+    """A place of its own for each download, which must not overwrite the file itself."""
+    return Path(tempfile.mkdtemp(dir=parent))
 
 
 def test_a_projection_that_was_cut_off_is_completed(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
