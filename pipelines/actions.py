@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from components.evaluation.choose import FORMS
 from components.leases import acquire
 from components.records import Record, canonical_json, fingerprint
 from components.reporting.heat_map import density_svg, layer_figures
@@ -18,7 +19,7 @@ from pipelines.driver import RunState
 from pipelines.gate import InService, registered_name
 from pipelines.landscapes import STEPS, landscape_metrics, pictures_of
 
-_VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary", "adapter": "after_adapter"}
+_VARIANTS = {"before": "before", **{form: f"after_{form}" for form in (*FORMS, "adapter")}}
 
 
 def track_and_register(run: RunState, summary: RunSummary) -> None:

@@ -18,7 +18,8 @@ from components.evaluation.execution import EvaluationExecution
 from components.evaluation.gates import Requirement
 from components.evaluation.judges.settings import KINDS, JudgeExecution
 from components.evaluation.settings import SetSettings
-from components.fusion.merge_settings import merge_problems
+from components.fusion.merge_settings import MergeSettings, merge_problems
+from components.fusion.settings import NEEDS_UNALIGNED
 from components.landscape.settings import RandomAxis, Scan, TowardsAxis
 from components.masks.data import PreferenceData
 from components.masks.zero import MaskExecution
@@ -39,6 +40,7 @@ from pipelines.sections import (
     gate_problems,
     is_adapter,
 )
+from pipelines.tuned_section import TunedSettings, tuned_problems
 
 NOT_BUILT = {
     "cluster": "running on a cluster",
@@ -89,6 +91,7 @@ class RunConfig(Section):
         if "resta" in self.fusion.controls and self.unaligned is None:
             problems.append("the control resta needs `unaligned`, the model that the aligned one was made from")
         problems += self._track_problems()
+        problems += tuned_problems(self)
         if self.fusion.adapter is not None and not any(f.is_adapter for f in self.finetunes):
             problems.append(
                 "fusion.adapter: no finetune is a LoRA adapter; remove it, full models leave as full models"
@@ -197,7 +200,8 @@ class RunConfig(Section):
     def needs_unaligned(self) -> bool:
         """Whether anything is made with the model that the aligned one was made from."""
         leads_to = self.landscape.models if self.landscape is not None else ()
-        return "resta" in self.fusion.controls or "unaligned" in leads_to
+        tuned = any(one.method in NEEDS_UNALIGNED for one in self.fusion.tuned.values())
+        return tuned or "resta" in self.fusion.controls or "unaligned" in leads_to
 
     @property
     def base(self) -> Path:
@@ -304,6 +308,8 @@ def _suggestion(location: Location) -> str:
             "preferences_dev": PreferenceData,
             "fusion": FusionSection,
             "adapter": AdapterSection,
+            "tuned": TunedSettings,
+            "merge": MergeSettings,
             "evaluation": EvaluationSection,
             "sets": SetSettings,
             "gate": Requirement,

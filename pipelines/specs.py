@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.evaluation.capability.settings import paths_of, semantics_of
+from components.evaluation.choose import FORMS
 from components.evaluation.judges.settings import semantics_and_execution
 from components.evaluation.settings import SetSettings
 from components.fusion.settings import FusionSettings
@@ -89,9 +90,11 @@ def _load(node: Node, config: RunConfig, roots: Roots) -> Parts:
 def _merge(node: Node, config: RunConfig, roots: Roots) -> Parts:
     merge = config.merge_named(node.finetune)
     assert merge is not None
-    settings = merge.model_dump(mode="json", exclude={"name", "of"})
-    if merge.method in ("ties", "dare", "dare_ties"):
-        settings["density"] = merge.kept  # the default written out is no other merge
+    tuned = config.fusion.tuned[merge.name].merge if node.step.variant == "tuned" else None
+    chosen = tuned or merge
+    settings = chosen.model_dump(mode="json", exclude={"name", "of"})
+    if chosen.method in ("ties", "dare", "dare_ties"):
+        settings["density"] = chosen.kept  # the default written out is no other merge
     return {"merge": settings, "finetunes": [f.name for f in config.members(merge.name)]}, {}
 
 
@@ -147,8 +150,8 @@ def sets_asked(node: Node, config: RunConfig) -> list[SetSettings]:
         return config.landscape.sets_of(sets, whose=node.finetune)
     if node.step.stage == "search_scale":
         return [s for s in sets if s.split == "dev" and s.kind in ("harmful", "task")]
-    # Dev sets choose between the two forms of the realigned model; all other variants are only reported.
-    splits = ("dev", "test") if node.step.variant in ("soft", "binary") else ("test",)
+    # Dev sets choose between the forms of the realigned model; all other variants are only reported.
+    splits = ("dev", "test") if node.step.variant in FORMS else ("test",)
     return [s for s in sets if s.split in splits]
 
 
@@ -167,6 +170,9 @@ def _fuse(node: Node, config: RunConfig, roots: Roots) -> Parts:
     variant = node.step.variant
     if variant == "before":
         return {"fusion": FusionSettings(method="interpolation", alpha=1.0).model_dump(mode="json")}, {}
+    if variant == "tuned":
+        assert node.finetune is not None
+        return {"fusion": config.fusion.tuned[node.finetune].fusion.model_dump(mode="json")}, {}
     if variant in ("interpolation", "resta"):
         return {"fusion": {"method": variant}}, {}  # the stage takes the scale from its search
     mask = config.mask.published if variant.startswith("paper_") else config.mask.resolved

@@ -26,6 +26,8 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "resta": ("gamma",),
     "lox": ("gamma", "rank"),
 }
+NEEDS_UNALIGNED: tuple[MethodName, ...] = ("resta", "safe_lora", "safe_merge", "lox")
+"""Methods that look at the model which the aligned one was made from."""
 
 
 class FusionSettings(BaseModel):
@@ -72,9 +74,9 @@ class FusionSettings(BaseModel):
     @model_validator(mode="after")
     def _fields_fit_the_method(self) -> Self:
         own = _OWN_FIELDS[self.method] | {"method", "output_dtype", "rounding", "max_shard_bytes"}
-        useless = sorted(self.model_fields_set - own)
+        useless = sorted((FusionSettings.model_fields.keys() & self.model_fields_set) - own)
         # Leaving a field at its default in so many words is no wish.
-        useless = [f for f in useless if getattr(self, f) != type(self).model_fields[f].default]
+        useless = [f for f in useless if getattr(self, f) != FusionSettings.model_fields[f].default]
         if useless:
             raise ValueError(f"method {self.method} has no use for {', '.join(useless)}")
         missing = [field for field in _REQUIRED.get(self.method, ()) if getattr(self, field) is None]

@@ -55,7 +55,7 @@ def write_report(summary: RunSummary, out: Path) -> Path:
 def _outcome(one: FinetuneSummary) -> dict[str, Any]:
     """The first line of a finetune: what it was, what the selected variant is."""
     selected = one.get("selected")
-    after = (one.get("after_soft") if selected == "soft" else one.get("after_binary")) if selected else None
+    after: Rates | None = one.get(f"after_{selected}") if selected else None  # type: ignore[assignment]
     before = one.get("before") or {}
     return {
         "one": {**dict.fromkeys(FinetuneSummary.__annotations__), **one},
@@ -68,7 +68,7 @@ def _outcome(one: FinetuneSummary) -> dict[str, Any]:
 def _set_table(one: FinetuneSummary) -> dict[str, Any]:
     """Every metric of every set of every variant: `models` are the columns, `lines` (set, metric, intervals)."""
     variants = {"before": one.get("before"), "soft": one.get("after_soft"), "binary": one.get("after_binary")}
-    variants.update({"adapter": one.get("after_adapter"), **one.get("controls", {})})
+    variants.update({"tuned": one.get("after_tuned"), "adapter": one.get("after_adapter"), **one.get("controls", {})})
     measured = {label: rates.get("sets", {}) for label, rates in variants.items() if rates}
     keys = dict.fromkeys((s, metric) for sets in measured.values() for s, found in sets.items() for metric in found)
     lines = [(s, metric, [sets.get(s, {}).get(metric) for sets in measured.values()]) for s, metric in keys]
