@@ -56,6 +56,12 @@ def factor_for(factor: Factor, name: str) -> float | None:
     return next((value for pattern, value in factor if fnmatch.fnmatchcase(name, pattern)), None)
 
 
+def idle_patterns(factor: Factor, names: Sequence[str]) -> list[str]:
+    """Patterns that match none of the tensors."""
+    patterns = [] if isinstance(factor, int | float) else [pattern for pattern, _ in factor]
+    return [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+
+
 class MergeSettings(BaseModel):
     """How the task vectors τ_t of several finetunes become one. A field that the method has no use for is refused."""
 
@@ -158,9 +164,8 @@ def merge_problems(
     fields: list[tuple[str, Factor | None]] = [("layers", settings.layers), ("t", settings.t)]
     fields += [(f"{field} of {one}", factor) for field, of in own.items() for one, factor in of.items()]
     for field, factor in fields:
-        if isinstance(factor, tuple):
-            idle = [pattern for pattern, _ in factor if not any(fnmatch.fnmatchcase(n, pattern) for n in tensors)]
-            problems += [f"{field}: pattern {pattern!r} matches no tensor" for pattern in idle]
+        idle = [] if factor is None else idle_patterns(factor, tensors)
+        problems += [f"{field}: pattern {pattern!r} matches no tensor" for pattern in idle]
     if isinstance(settings.t, tuple):
         problems += [f"t: no pattern matches {n}" for n in tensors if factor_for(settings.t, n) is None]
     return problems
