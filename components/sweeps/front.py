@@ -25,7 +25,8 @@ def pareto_front(points: Sequence[Point]) -> list[int]:
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
     """The volume between the points and `reference` that they dominate; a point beyond the reference anywhere has none.
 
-    Exact, by cutting along the last objective (HSO; While et al. 2006, IEEE Trans. Evolutionary Computation 10, 29-38): meant for some hundred points of up to four objectives.
+    Exact, by cutting along the last objective (HSO; While et al. 2006, IEEE Trans. Evolutionary Computation 10, 29-38): meant
+    for some hundred points of up to four objectives.
     """
     inside = {tuple(p) for p in points if all(a < r for a, r in zip(p, reference, strict=True))}
     if not inside:

@@ -7,8 +7,8 @@ with m = n that itself). A candidate that cannot win even if it loses no more th
 
 The error that this allows: a candidate which would have won on all prompts is stopped with a chance of at most 1 − confidence
 over the orders of prompts. It is stopped wrongly only where a bound is above the true loss; each bound is so with a chance of
-at most (1 − confidence) / (objectives · looks), and there are no more bounds than that (Bonferroni). No independence is assumed of
-objectives, looks or candidates. Those it is compared with were asked everything: nothing about them is estimated.
+at most (1 − confidence) / (objectives · looks), and there are no more bounds than that (Bonferroni). No independence is
+assumed of objectives, looks or candidates. Those it is compared with were asked everything: nothing about them is estimated.
 """
 
 from __future__ import annotations
