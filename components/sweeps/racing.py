@@ -43,7 +43,7 @@ class Race:
         tolerance: float = 0.02,
     ) -> None:
         self._objectives, self._prompts, self._pick = tuple(objectives), dict(prompts), pick
-        self._tolerance = tolerance
+        self._tolerance = [tolerance * one.most_loss for one in objectives]
         self._sizes = {one.name: _sizes(sample, prompts[one.name]) for one in objectives}
         looks = {name: len(sizes) for name, sizes in self._sizes.items()}
         self._doubt = {name: (1 - confidence) / len(objectives) / count for name, count in looks.items()}
@@ -80,7 +80,7 @@ class Race:
 
         It cannot win where a full one wins against its least losses and either it misses a demand that the other keeps, or the
         other is in every objective as good as these losses or worse by no more than the tolerance: then the front loses no more
-        than that, either.
+        than that.
         """
         full = [one for one in others if self.is_full(one)]
         if not full:
@@ -93,7 +93,7 @@ class Race:
         if missed is not None:
             return missed
         if self._pick == "knee":
-            return self._dominated(least, points, 0.0)
+            return self._dominated(least, points, [0.0] * len(least))
         return self._dominated(least, points, self._tolerance) if rank(least) >= rank(leader) else None
 
     def _missed(self, least: Sequence[float], leader: Sequence[float]) -> str | None:
@@ -105,9 +105,11 @@ class Race:
                 return f"{one.name} will be {bound}, {one.demand:g} is demanded"
         return None
 
-    def _dominated(self, least: Sequence[float], points: Sequence[Sequence[float]], tolerance: float) -> str | None:
+    def _dominated(
+        self, least: Sequence[float], points: Sequence[Sequence[float]], tolerance: Sequence[float]
+    ) -> str | None:
         for point in points:
-            if all(theirs <= own + tolerance + _HAIR for own, theirs in zip(least, point, strict=True)):
+            if all(theirs <= own + t + _HAIR for own, theirs, t in zip(least, point, tolerance, strict=True)):
                 rates = [1 - loss if one.grows else loss for one, loss in zip(self._objectives, point, strict=True)]
                 said = ", ".join(f"{one.name} {rate:.3g}" for one, rate in zip(self._objectives, rates, strict=True))
                 return f"another is at least as good on every objective ({said})"

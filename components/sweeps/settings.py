@@ -129,7 +129,8 @@ class SweepSettings(BaseModel):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """That a candidate which is stopped would not have won, each time one is."""
     tolerance: float = Field(0.02, ge=0, lt=1)
-    """Rates that differ by no more count as equal where candidates are stopped."""
+    """What the front may lose where candidates are stopped, of the range in which an objective counts: from the best there is
+    to its demand, or to the worst."""
 
     @model_validator(mode="after")
     def _objectives_agree(self) -> Self:
