@@ -238,7 +238,7 @@ def test_a_candidate_that_is_not_finite_is_refused_and_the_next_one_is_whole(
     tried = trier(models, sets, mask)
     tried.take(SOFT)
     before = weights(tried)
-    with pytest.raises(CheckpointError, match="fused model: .* float32 overflows"):
+    with pytest.raises(CheckpointError, match=r"fused model: .* float32 overflows"):
         tried.take(tuning_of({"scale": 1e39}, SOFT))
     tried.take(SOFT)
     assert all(same_bits(p, before[name]) for name, p in weights(tried).items())
