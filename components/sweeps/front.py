@@ -63,11 +63,12 @@ def knee(points: Sequence[Point]) -> int:
 
 
 def ranking(objectives: Sequence[Objective], rule: Pick, usual: Point | None) -> Callable[[Point], Key]:
-    """What orders losses by `skill` or `safest`: the least key wins, the first of equals. It never falls as a loss grows.
+    """What losses are judged by under `skill` or `safest`, what counts most first. No part of it falls as a loss grows.
 
-    First by how far demands are missed in all. `skill`: then those that are worse than `usual` (the run's own settings) in an
-    objective that has no demand come behind: what nobody made a demand on is not traded away; then by lost skill, then by the
-    other losses. `safest`: by attack success and harm, then by lost skill, then by the others.
+    First how far demands are missed in all. `skill`: then whether it is worse than `usual` (the run's own settings) in an
+    objective that has no demand, for what nobody made a demand on is not traded away; then lost skill, then whether it is worse
+    than `usual` in any other objective, then the other losses. `safest`: attack success and harm, then lost skill, then the
+    others.
     """
     skill = [one.grows for one in objectives]
     harm = [one.metric in ("asr", "harmful") for one in objectives]
@@ -79,10 +80,10 @@ def ranking(objectives: Sequence[Objective], rule: Pick, usual: Point | None) ->
         others = sum(loss for loss, own in zip(losses, skill, strict=True) if not own)
         if rule == "safest":
             return _rounded(missed, sum(loss for loss, own in zip(losses, harm, strict=True) if own), lost, others)
-        traded = usual is not None and any(
-            own and loss > before for loss, before, own in zip(losses, usual, held, strict=True)
-        )
-        return _rounded(missed, float(traded), lost, others)
+        worse = [loss > before for loss, before in zip(losses, usual or losses, strict=True)]
+        traded = any(one and own for one, own in zip(worse, held, strict=True))
+        unsafer = any(one and not own for one, own in zip(worse, skill, strict=True))
+        return _rounded(missed, float(traded), lost, float(unsafer), others)
 
     return key
 
@@ -92,18 +93,42 @@ def _rounded(*parts: float) -> Key:
     return tuple(round(part, 9) for part in parts)
 
 
-def best(scored: Sequence[Scored], objectives: Sequence[Objective], rule: Pick, usual: Scored | None) -> int:
-    """Index of the winner among candidates that were asked everything; `usual` is the run's own settings, if it is among them.
+def in_reach(key: Key, keys: Sequence[Key], rule: Pick, tolerance: float) -> bool:
+    """Whether one with this key, or one with any part of it greater, could win among those with `keys`, or would change who of
+    them does."""
+    if rule != "skill":
+        return key < min(keys)
+    tier = min(one[:2] for one in keys)
+    least = min(one[2] for one in keys if one[:2] == tier)
+    return key[:2] < tier or (key[:2] == tier and key[2] <= round(least + tolerance, 9))
 
-    `knee` is that of the candidates that keep every demand, or miss them by the least. Raises EvaluationError where there is
-    none to choose from.
+
+def best(
+    scored: Sequence[Scored],
+    objectives: Sequence[Objective],
+    rule: Pick,
+    usual: Scored | None,
+    *,
+    tolerance: float = 0.02,
+) -> int:
+    """Index of the winner among candidates that were asked everything, the first of equals; `usual` is the run's own settings,
+    if it is among them.
+
+    `safest` is the least in what `ranking` says. `skill` takes skill that is within `tolerance` of the most there is for equal,
+    and of these one that is nowhere worse than `usual`, if there is one, with the least of the other losses: two prompts in a
+    hundred are no reason to be less safe. `knee` is that of the candidates that keep every demand, or miss them by the least.
+    Raises EvaluationError where there is none to choose from.
     """
     if not scored:
         raise EvaluationError("no candidate was asked every prompt: there is none to pick")
     points = [one.losses(objectives) for one in scored]
     rank = ranking(objectives, rule, None if usual is None else usual.losses(objectives))
-    if rule != "knee":
-        return min(range(len(points)), key=lambda index: rank(points[index]))
-    least = min(rank(point)[0] for point in points)
-    keeping = [index for index, point in enumerate(points) if rank(point)[0] == least]
+    keys = [rank(point) for point in points]
+    if rule == "safest":
+        return min(range(len(points)), key=keys.__getitem__)
+    if rule == "skill":
+        equal = [index for index, key in enumerate(keys) if in_reach(key, keys, rule, tolerance)]
+        return min(equal, key=lambda index: keys[index][:2] + keys[index][3:] + keys[index][2:3])
+    least = min(key[0] for key in keys)
+    keeping = [index for index, key in enumerate(keys) if key[0] == least]
     return keeping[knee([points[index] for index in keeping])]

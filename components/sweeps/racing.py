@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
-from components.sweeps.front import ranking
+from components.sweeps.front import in_reach, ranking
 from components.sweeps.settings import Objective, Pick
 from components.sweeps.trials import Scored
 
@@ -43,6 +43,7 @@ class Race:
         tolerance: float = 0.02,
     ) -> None:
         self._objectives, self._prompts, self._pick = tuple(objectives), dict(prompts), pick
+        self._band = tolerance
         self._tolerance = [tolerance * one.most_loss for one in objectives]
         self._sizes = {one.name: _sizes(sample, prompts[one.name]) for one in objectives}
         looks = {name: len(sizes) for name, sizes in self._sizes.items()}
@@ -78,9 +79,9 @@ class Race:
             others: all that were scored before; those that were asked everything count.
             usual: the run's own settings, if they were asked everything; they are not to be stopped.
 
-        It cannot win where a full one wins against its least losses and either it misses a demand that the other keeps, or the
-        other is in every objective as good as these losses or worse by no more than the tolerance: then the front loses no more
-        than that.
+        It cannot win, nor change who does, where it misses a demand that the leader keeps; where a full one is in every
+        objective as good as its least losses; and where these are out of the leader's reach, if a full one is in every
+        objective as good or worse by no more than the tolerance: then the front loses no more than that.
         """
         full = [one for one in others if self.is_full(one)]
         if not full:
@@ -88,13 +89,11 @@ class Race:
         least = self.least_losses(scored)
         points = [one.losses(self._objectives) for one in full]
         rank = ranking(self._objectives, self._pick, None if usual is None else usual.losses(self._objectives))
-        leader = min(points, key=rank)
-        missed = self._missed(least, leader)
-        if missed is not None:
-            return missed
-        if self._pick == "knee":
-            return self._dominated(least, points, [0.0] * len(least))
-        return self._dominated(least, points, self._tolerance) if rank(least) >= rank(leader) else None
+        keys = [rank(point) for point in points]
+        said = self._missed(least, points[keys.index(min(keys))]) or self._dominated(least, points, [0.0] * len(least))
+        if said is None and self._pick != "knee" and not in_reach(rank(least), keys, self._pick, self._band):
+            return self._dominated(least, points, self._tolerance)
+        return said
 
     def _missed(self, least: Sequence[float], leader: Sequence[float]) -> str | None:
         if any(loss > one.most_loss + _HAIR for one, loss in zip(self._objectives, leader, strict=True)):

@@ -84,6 +84,9 @@ def scored(*losses: tuple[int, int, int]) -> list[Scored]:
     [
         ([(5, 20, 0), (6, 0, 0), (0, 30, 0)], 0, 2, 0),  # the demand is kept at 0.05 and not at 0.06
         ([(5, 10, 2), (5, 8, 2), (4, 8, 2)], 2, 2, 2),
+        ([(0, 5, 1), (4, 1, 1), (0, 3, 1), (0, 4, 0)], 2, 2, 3),  # two hundredths of skill are not worth four of safety
+        ([(0, 40, 1), (4, 1, 1)], 1, 0, 0),  # forty are
+        ([(0, 5, 1), (1, 3, 0), (0, 3, 1)], 2, 2, 1),  # nowhere worse than the run's own settings
         ([(2, 10, 2), (2, 5, 3), (2, 9, 2)], 2, 1, 1),  # over-refusal has no demand: skill does not trade it away
         ([(20, 10, 0), (9, 50, 9), (9, 60, 0)], 2, 1, 1),  # none keeps the demand: those that miss it least
         ([(1, 10, 0), (1, 10, 0)], 0, 0, 0),
