@@ -23,7 +23,7 @@ MERGE_PAPERS: Mapping[MergeMethod, tuple[str, ...]] = {
 }
 """Where each method was published."""
 
-_OWN_FIELDS: dict[str, frozenset[str]] = {
+OWN_FIELDS: dict[str, frozenset[str]] = {
     "average": frozenset({"scale", "layers"}),
     "task_arithmetic": frozenset({"scale", "layers", "weights"}),
     "ties": frozenset({"scale", "layers", "weights", "density", "densities", "threshold", "aggregate"}),
@@ -105,7 +105,7 @@ class MergeSettings(BaseModel):
     def _fields_fit_the_method(self) -> Self:
         useless = [
             name
-            for name in sorted((MergeSettings.model_fields.keys() & self.model_fields_set) - _OWN_FIELDS[self.method])
+            for name in sorted((MergeSettings.model_fields.keys() & self.model_fields_set) - OWN_FIELDS[self.method])
             if name != "method"
             and getattr(self, name) != MergeSettings.model_fields[name].get_default(call_default_factory=True)
         ]

@@ -117,8 +117,8 @@ class SweepSettings(BaseModel):
     """Any key of the fusion settings -> a range or a list; empty: what makes sense for the run."""
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = DEFAULT_OBJECTIVES
     pick: Pick = "skill"
-    """skill: the most skilful of those that keep every demand; knee: where giving up more of one objective stops paying in the
-    others; safest: the lowest attack success rate."""
+    """skill: the most skilful of those that keep every demand, and of those that are as skilful but for `tolerance` the safest;
+    knee: where giving up more of one objective stops paying in the others; safest: the lowest attack success rate."""
     racing: bool = True
     """Stop candidates that cannot win before they have been asked every prompt."""
     sampler: Sampler = "tpe"
@@ -129,7 +129,8 @@ class SweepSettings(BaseModel):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """That a candidate which is stopped would not have won, each time one is."""
     tolerance: float = Field(0.02, ge=0, lt=1)
-    """Rates that differ by no more count as equal where candidates are stopped."""
+    """What the front may lose where candidates are stopped, of the range in which an objective counts: from the best there is
+    to its demand, or to the worst. And under `skill` what counts as equal skill."""
 
     @model_validator(mode="after")
     def _objectives_agree(self) -> Self:

@@ -48,7 +48,7 @@ class Scored:
         return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
 
     @classmethod
-    def of_json(cls, line: str) -> Self:
+    def of_json(cls, line: str | bytes) -> Self:
         """Raises ValueError, KeyError or TypeError for what is no such line."""
         return cls(**json.loads(line))
 
@@ -89,7 +89,7 @@ def read_trials(path: Path) -> list[Scored]:
     killed process left unfinished is left out. Raises StorageError naming the line that is none."""
     if not path.exists():
         return []
-    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
+    *lines, _unfinished = path.read_bytes().split(b"\n")
     found: dict[str, Scored] = {}
     for number, line in enumerate(lines, start=1):
         try:
