@@ -279,6 +279,8 @@ class ExecutionSection(Section):
     """The processes and devices that answer prompts."""
     landscape: EvaluationExecution = EvaluationExecution()
     """Those that measure a landscape's points, each with a model of its own."""
+    sweep: EvaluationExecution = EvaluationExecution()
+    """Those that try a sweep's candidates, each with a model of its own."""
     judge: JudgeExecution = JudgeExecution()
     """Where judges with a model of their own run, and how."""
     mask: Annotated[MaskExecution, AfterValidator(_placed)] = MaskExecution()

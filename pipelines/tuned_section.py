@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from components.fusion.merge_settings import MergeSettings, merge_problems
 from components.fusion.settings import NEEDS_UNALIGNED, FusionSettings
+from components.masks.settings import MaskSettings
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -23,6 +24,12 @@ class TunedSettings(FusionSettings):
     def fusion(self) -> FusionSettings:
         """Without the merge."""
         return FusionSettings.model_validate(self.model_dump(exclude={"merge"}))
+
+
+def form_settings(mask: MaskSettings, form: Literal["soft", "binary"]) -> FusionSettings:
+    """A mask is used as it was trained: same rescaling, same scale."""
+    rescale: Literal["none", "mean"] = "none" if mask.rescale == "none" else "mean"
+    return FusionSettings(method="masked", form=form, rescale=rescale, scale=mask.scale)
 
 
 def inputs_of(method: str) -> tuple[str, ...]:
