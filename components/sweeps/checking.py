@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from components.fusion.merge_settings import OWN_FIELDS as MERGE_FIELDS
 from components.fusion.merge_settings import MergeSettings
-from components.fusion.recipe import MERGE_METHODS, NEEDS_UNALIGNED, ONE_FINETUNE_METHODS
-from components.fusion.settings import OF_FORM, OWN_FIELDS, REQUIRED, FusionSettings
+from components.fusion.recipe import MERGE_METHODS, ONE_FINETUNE_METHODS
+from components.fusion.settings import NEEDS_UNALIGNED, OF_FORM, OWN_FIELDS, REQUIRED, FusionSettings
 from components.sweeps.settings import Dimension, Range, Space
 from components.sweeps.space import EVERY_METHOD, WHOLE, Tuning, is_used
 

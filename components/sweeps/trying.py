@@ -127,7 +127,7 @@ class Trier:
             aligned=self._aligned,
             finetune=self._finetune(tuning.merge),
             settings=tuning.fusion,
-            mask=self._mask if method.needs_mask else None,
+            mask=self._mask,  # also random_mask looks at it, for its densities
             unaligned=self._unaligned if method.needs_unaligned else None,
         )
 
