@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from components.errors import GateError, RealignError, TrackingError, listed
+from components.evaluation.choose import FORMS
 from components.leases import acquire
 from components.published import MODEL, model_files, weights_sha256
 from components.records import Record
@@ -23,7 +24,7 @@ from pipelines.landscapes import STEPS, landscape_metrics, pictures_of
 from pipelines.patience import Patience
 from pipelines.promotion import gate_tags, promote
 
-VARIANTS = {"before": "before", "soft": "after_soft", "binary": "after_binary", "adapter": "after_adapter"}
+VARIANTS = {"before": "before", **{form: f"after_{form}" for form in (*FORMS, "adapter")}}
 """Variant of a model -> key of its rates in the summary."""
 TRACKING_LEASE = ".tracking.lease"
 

@@ -18,11 +18,14 @@ from components.evaluation.execution import EvaluationExecution
 from components.evaluation.gates import Requirement
 from components.evaluation.judges.settings import KINDS, JudgeExecution
 from components.evaluation.settings import SetSettings
-from components.fusion.merge_settings import merge_problems
+from components.fusion.merge_settings import MergeSettings
+from components.fusion.settings import NEEDS_UNALIGNED
 from components.landscape.settings import RandomAxis, Scan, TowardsAxis
 from components.masks.data import PreferenceData
 from components.masks.zero import MaskExecution
+from components.sweeps.settings import Objective, SweepSettings
 from components.yaml_lines import LocatedYaml, Location
+from pipelines.config_problems import mask_problems, merge_section_problems, track_problems
 from pipelines.landscape_section import LandscapeSection, landscape_problems, visage_problems
 from pipelines.sections import (
     AdapterSection,
@@ -37,12 +40,12 @@ from pipelines.sections import (
     Section,
     TrackingSection,
     gate_problems,
-    is_adapter,
 )
+from pipelines.sweep_section import sweep_problems, sweeps_unaligned
+from pipelines.tuned_section import TunedSettings, tuned_problems
 
 NOT_BUILT = {
     "cluster": "running on a cluster",
-    "sweep": "sweeps",
 }
 """Sections that the design has and this version does not: refused, never ignored."""
 
@@ -67,6 +70,8 @@ class RunConfig(Section):
     evaluation: EvaluationSection
     landscape: LandscapeSection | None = None
     """How safe models stay as their weights move: drawn and scored (VISAGE) where the section is there."""
+    sweep: SweepSettings | None = None
+    """Which settings `realign sweep` tries; a run does nothing with it."""
     gate: Annotated[tuple[Requirement, ...], Field(min_length=1)] | None = None
     """What the selected form of every realigned model must show. A run whose gate is shut for one ends with status 3."""
     tracking: TrackingSection = TrackingSection()
@@ -77,7 +82,7 @@ class RunConfig(Section):
         problems = [] if self.finetunes else ["finetunes is empty: name at least one"]
         names = [f.name for f in self.finetunes]
         problems += [f"finetunes with the same name: {n}" for n in sorted({n for n in names if names.count(n) > 1})]
-        problems += self._merge_problems(names)
+        problems += merge_section_problems(self)
         tasks = {s.name for s in self.evaluation.sets if s.kind == "task"}
         for finetune in self.finetunes:
             unknown = [s for s in finetune.sets if s not in tasks]
@@ -88,7 +93,8 @@ class RunConfig(Section):
                 )
         if "resta" in self.fusion.controls and self.unaligned is None:
             problems.append("the control resta needs `unaligned`, the model that the aligned one was made from")
-        problems += self._track_problems()
+        problems += track_problems(self)
+        problems += tuned_problems(self)
         if self.fusion.adapter is not None and not any(f.is_adapter for f in self.finetunes):
             problems.append(
                 "fusion.adapter: no finetune is a LoRA adapter; remove it, full models leave as full models"
@@ -114,21 +120,9 @@ class RunConfig(Section):
             problems += landscape_problems(
                 self.landscape, self.evaluation, self.execution, unaligned=self.unaligned is not None
             )
-        mask = self.mask.resolved
-        trained = self.targets if self.mode == "merge" else tuple(sorted(own))
-        bare = [f.name for t in trained for f in self.members(t) if f.anchor is None]
-        if mask.anchor_weight > 0 and bare:
-            problems.append(
-                f"finetunes without `anchor`: {', '.join(dict.fromkeys(bare))}; give each a file of prompts, or set "
-                "mask.settings.anchor_weight to 0"
-            )
-        if mask.granularity == "tensor" and "random_mask" in self.fusion.controls:
-            problems.append(
-                "the control random_mask is the learned mask itself with mask.settings.granularity: tensor, where a tensor is "
-                "kept or dropped whole; remove it"
-            )
-        if mask.storage == "bits":
-            problems.append("mask.settings.storage: bits keeps no soft mask, and a run makes both forms; use logits")
+        problems += mask_problems(self)
+        if self.sweep is not None and not problems:
+            problems = sweep_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -140,72 +134,13 @@ class RunConfig(Section):
         missing += [] if self.tracking.register_models else ["tracking.register: true"]
         return [f"tracking.promote needs {' and '.join(missing)}"] if missing else []
 
-    def _merge_problems(self, finetunes: list[str]) -> list[str]:
-        """What is wrong with `mode` and `merges` together."""
-        if self.mode == "each":
-            return ["`merges` needs `mode: merge`"] if self.merges else []
-        problems = [] if self.merges else ["mode: merge needs `merges`, a list of {name, method, …}"]
-        if self.fusion.adapter is not None:
-            problems.append("mode: merge: remove fusion.adapter, a merge is no adapter and leaves whole")
-        if self.landscape is not None:
-            problems.append("mode: merge: remove landscape; `realign landscape` draws what was merged")
-        problems += [f"finetune {f.name}: mask_of has no meaning in mode: merge" for f in self.finetunes if f.mask_of]
-        names = [*finetunes, *(m.name for m in self.merges)]
-        problems += [
-            f"merge {m.name} has the name of another merge or of a finetune"
-            for m in self.merges
-            if names.count(m.name) > 1
-        ]
-        for merge in self.merges:
-            members = [f.name for f in self.members(merge.name)]
-            unknown = [n for n in merge.of if n not in finetunes] + [n for n in merge.weights if n not in members]
-            if unknown:
-                problems.append(
-                    f"merge {merge.name} names finetunes that are not there: {', '.join(unknown)} "
-                    f"(there: {', '.join(merge.of or finetunes)})"
-                )
-            elif len(members) < 2:
-                problems.append(f"merge {merge.name} is of fewer than two finetunes")
-            else:
-                problems += [f"merge {merge.name}: {p}" for p in merge_problems(merge, members)]
-        return problems
-
-    def _track_problems(self) -> list[str]:
-        """What is there, or missing, for the track that is wanted."""
-        if self.mask.track == "weights":
-            given = [key for key in ("aligned_base", "aligned_base_equal") if getattr(self, key)]
-            problems = [f"{' and '.join(given)}: for mask.track: factors only; remove it"] if given else []
-            if is_adapter(self.aligned):
-                problems.append(
-                    "aligned is a LoRA adapter: set mask.track: factors and aligned_base, or merge it and give the result"
-                )
-            return problems
-        problems = []
-        if self.aligned_base is None:
-            problems.append(
-                "mask.track: factors needs `aligned_base`, the model that the safety LoRA `aligned` is over"
-            )
-        whole = [f.name for f in self.finetunes if not f.is_adapter]
-        whole += [] if is_adapter(self.aligned) else ["aligned"]
-        if whole:
-            problems.append(f"mask.track: factors is for LoRA adapters, and these are none: {', '.join(whole)}")
-        scaled = [control for control in ("interpolation", "resta") if control in self.fusion.controls]
-        if scaled:
-            problems.append(
-                f"mask.track: factors: remove the controls {', '.join(scaled)}: weights are products of the factors, so "
-                "scaling both is no interpolation of weights"
-            )
-        if self.mode == "merge":
-            problems.append("mask.track: factors has no mode: merge, adapters' products do not merge by their factors")
-        if self.fusion.adapter is not None:
-            problems.append("mask.track: factors: remove fusion.adapter, adapters come out as they are")
-        return problems
-
     @property
     def needs_unaligned(self) -> bool:
         """Whether anything is made with the model that the aligned one was made from."""
         leads_to = self.landscape.models if self.landscape is not None else ()
-        return "resta" in self.fusion.controls or "unaligned" in leads_to
+        tuned = any(one.method in NEEDS_UNALIGNED for one in self.fusion.tuned.values())
+        tuned = tuned or sweeps_unaligned(self)
+        return tuned or "resta" in self.fusion.controls or "unaligned" in leads_to
 
     @property
     def base(self) -> Path:
@@ -292,6 +227,7 @@ def sentence(error: Any) -> str:
 _EXECUTION = {
     "evaluation": EvaluationExecution,
     "landscape": EvaluationExecution,
+    "sweep": EvaluationExecution,
     "judge": JudgeExecution,
     "mask": MaskExecution,
 }
@@ -312,6 +248,10 @@ def _suggestion(location: Location) -> str:
             "preferences_dev": PreferenceData,
             "fusion": FusionSection,
             "adapter": AdapterSection,
+            "tuned": TunedSettings,
+            "sweep": SweepSettings,
+            "objectives": Objective,
+            "merge": MergeSettings,
             "evaluation": EvaluationSection,
             "sets": SetSettings,
             "gate": Requirement,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from components.storage import Workspace
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("load", "extract_delta", "train_mask", "search_scale", "fuse", "evaluate", "export_adapter", "landscape")
 """Those that a run has are shown."""
+_TELL_SECONDS = 10.0
+"""Between two lines of progress where no terminal is."""
 _MARKS = {"waiting": "·", "running": "…", "done": "✓", "kept": "✓", "failed": "✗", "skipped": "-"}
 
 
@@ -107,3 +109,20 @@ def _detail(state: NodeState, workspace: Workspace) -> str:
     if values is None:
         return "queued"
     return f"{values['done']}/{values['total']}" if {"done", "total"} <= set(values) else "…"
+
+
+def teller(name: str, what: str) -> Callable[[Mapping[str, Any]], None]:
+    """Progress of one thing on stderr, `done` of `total`: in place in a terminal, else a line now and then."""
+    told_at = time.monotonic()
+
+    def tell(told: Mapping[str, Any]) -> None:
+        nonlocal told_at
+        line, whole = f"{name}: {told['done']}/{told['total']} {what}", told["done"] == told["total"]
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if whole else ""))
+            sys.stderr.flush()
+        elif whole or time.monotonic() - told_at > _TELL_SECONDS:
+            told_at = time.monotonic()
+            sys.stderr.write(f"{line}\n")
+
+    return tell

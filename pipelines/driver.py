@@ -100,12 +100,19 @@ class RunState:
         return {s.node.step.name if s.node.step.needs == "landscape" else s.node.step.needs: s for s in failed}
 
 
-def run_stages(config: RunConfig, workspace: Workspace, roots: Roots, watch: Watcher) -> RunState:
-    """Run every stage of the graph that has no record yet. Failures are in the state that comes back.
+def run_stages(
+    config: RunConfig,
+    workspace: Workspace,
+    roots: Roots,
+    watch: Watcher,
+    wanted: Callable[[Node], bool] = lambda node: node.step.kind == "stage",
+) -> RunState:
+    """Run every stage of the graph that has no record yet, or those that are `wanted`, which must have each other's parents.
+    Failures are in the state that comes back.
 
     Raises StorageError when the workspace cannot be written.
     """
-    nodes = {node.id: NodeState(node) for node in expand(config) if node.step.kind == "stage"}
+    nodes = {node.id: NodeState(node) for node in expand(config) if wanted(node)}
     state = RunState(config, workspace, roots, nodes)
     with ray_runner(config.execution.workers) as runner:
         while True:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.config import RunConfig
+from pipelines.tuned_section import inputs_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Step:
     variant: str = ""
     """Which of the models (or masks) this row is about."""
     needs: str = ""
-    """The control (or `adapter`, `gate`, `landscape`, `promote`, `unaligned`) that asks for this row; empty: always there."""
+    """The control (or `adapter`, `gate`, `landscape`, `promote`, `tuned`, `unaligned`) that asks for this row; empty: always
+    there."""
 
 
 def _fused(variant: str, *parents: str, needs: str = "") -> tuple[Step, Step]:
@@ -35,7 +37,8 @@ def _fused(variant: str, *parents: str, needs: str = "") -> tuple[Step, Step]:
     return fuse, evaluate
 
 
-_CHOSEN = ("fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary")
+_TUNED = ("fuse_tuned", "evaluate_tuned")
+_CHOSEN = ("fuse_soft", "fuse_binary", "evaluate_soft", "evaluate_binary", *_TUNED)
 """What says which form is selected, and has it."""
 
 STEPS: tuple[Step, ...] = (
@@ -44,6 +47,7 @@ STEPS: tuple[Step, ...] = (
     Step("load", "load", "finetune", ("load_aligned",)),
     # What a merge's other steps know as their `load`.
     Step("merge", "merge", "merge", ("load_aligned", "load")),
+    Step("merge_tuned", "merge", "merge", ("load_aligned", "load"), variant="tuned", needs="tuned"),
     # The long ones first: rows are submitted in this order.
     Step("train_mask", "train_mask", "target", ("load_aligned", "load")),
     Step("train_mask_paper", "train_mask", "target", ("load_aligned", "load"), variant="paper", needs="paper"),
@@ -60,6 +64,7 @@ STEPS: tuple[Step, ...] = (
     Step("evaluate_before", "evaluate", "merge", ("fuse_before",), variant="before"),
     *_fused("soft", "train_mask"),
     *_fused("binary", "train_mask"),
+    *_fused("tuned", "train_mask", "load_unaligned", needs="tuned"),
     *_fused("random_mask", "train_mask", needs="random_mask"),
     *_fused("interpolation", "search_interpolation", needs="interpolation"),
     *_fused("resta", "load_unaligned", "search_resta", needs="resta"),
@@ -78,7 +83,7 @@ STEPS: tuple[Step, ...] = (
     Step("landscape", "landscape", "target", ("load_aligned", "load", "load_unaligned", *_CHOSEN), variant="realigned",
          needs="landscape"),
     Step("gate", "gate", "target", ("evaluate_aligned", "evaluate_before", "evaluate_soft", "evaluate_binary",
-         "landscape_aligned", "landscape_before", "landscape"), "action", needs="gate"),
+         "evaluate_tuned", "landscape_aligned", "landscape_before", "landscape"), "action", needs="gate"),
     Step("register", "register", "target", _CHOSEN, "action"),
     Step("promote", "promote", "target", ("gate", "register"), "action", needs="promote"),
 )  # fmt: skip
@@ -87,6 +92,7 @@ STEPS: tuple[Step, ...] = (
 def steps_of(config: RunConfig) -> list[Step]:
     """The rows that this run needs, parents before children."""
     wanted = {"", *config.fusion.controls, *(["adapter"] if config.fusion.adapter is not None else [])}
+    wanted |= {"tuned"} if config.fusion.tuned else set()
     wanted |= {"gate"} if config.gate is not None else set()
     wanted |= {"promote"} if config.tracking.promote else set()
     wanted |= {"unaligned"} if config.needs_unaligned else set()
@@ -106,10 +112,22 @@ def _drawn(config: RunConfig, step: Step) -> bool:
     return config.landscape is not None and bool(config.landscape.scans_of(step.variant))
 
 
-def _taken(config: RunConfig, step: Step, there: set[str]) -> tuple[str, ...]:
-    """Its parents, but for those that the run does not have, or that a landscape is not drawn towards."""
+def _is_tuned(config: RunConfig, step: Step, name: str | None) -> bool:
+    """Whether a row about tuned settings is one for this finetune or merge."""
+    tuned = config.fusion.tuned.get(name or "")
+    return tuned is not None and (step.stage != "merge" or tuned.merge is not None)
+
+
+def _taken(config: RunConfig, step: Step, name: str | None, there: set[str]) -> tuple[str, ...]:
+    """Its parents, but for those that the run does not have, that a landscape is not drawn towards, or that tuned settings
+    have no use for."""
     leads_to = config.landscape.models if config.landscape is not None else ()
     asked = there if "unaligned" in leads_to or step.stage != "landscape" else there - {"load_unaligned"}
+    tuned = config.fusion.tuned.get(name or "")
+    if step.name == "fuse_tuned" and tuned is not None:
+        asked = asked - {"train_mask", "load_unaligned"} | set(inputs_of(tuned.method))
+    elif step.needs != "tuned" and (tuned is None or config.fusion.select not in ("auto", "tuned")):
+        asked = asked - set(_TUNED)
     return tuple(parent for parent in step.parents if parent in asked)
 
 
@@ -153,9 +171,11 @@ def expand(config: RunConfig) -> list[Node]:
                 continue
             if step.needs == "adapter" and name not in adapters:
                 continue  # it came whole, and leaves whole
+            if step.needs == "tuned" and not _is_tuned(config, step, name):
+                continue
             parents = [
                 (p, p) if p in once else pair
-                for p in _taken(config, step, there)
+                for p in _taken(config, step, name, there)
                 for pair in _parents(p, step, name, config)
             ]
             nodes.append(Node(step, name, tuple(dict.fromkeys(parents))))
@@ -168,6 +188,7 @@ def _parents(parent: str, step: Step, name: str | None, config: RunConfig) -> li
         members = config.finetunes if name is None else config.members(name)
         return [(f"{parent}:{f.name}", f"{f.name}/{parent}") for f in members]
     if parent == "load" and config.merge_named(name):
-        return [(parent, f"{name}/merge")]
+        tuned = step.variant == "tuned" and config.fusion.tuned[name].merge is not None
+        return [(parent, f"{name}/merge_tuned" if tuned else f"{name}/merge")]
     owner = config.mask_owner(name) if parent.startswith("train_mask") else name
     return [(parent, f"{owner}/{parent}")]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +18,7 @@ from components.evaluation.outcomes import NamedSet
 from components.evaluation.settings import EvaluationSettings
 from components.landscape.settings import Scan
 from pipelines.config import load_sections
+from pipelines.display import teller
 from pipelines.evaluated_models import Named, Runtime, check_models, named_models
 from pipelines.landscape_axes import Options, asked_settings, scans_of, with_targets
 from pipelines.landscape_files import RESULT, forget, remove_earlier, require_apart, state_dir, write_result
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from components.evaluation.capability.settings import CapabilitySettings
     from components.evaluation.prompts import PromptSet
     from components.landscape.schema import LandscapeResult
-
-_TELL_SECONDS = 10.0
-"""Between two lines of progress where no terminal is."""
 
 
 class LandscapeConfig(BaseModel):
@@ -86,8 +82,10 @@ def landscape_command(
     drawing = _prepared(models, config, out, options, runtime, actors)
     states = {one.name: drawing.state_dir(one) for one in drawing.drawn}
     remove_earlier(out, drawing.drawn, drawing.scans)
+    from ray_jobs.submit import processes
+
     how = _execution(drawing.runtime)
-    with _processes(how):
+    with processes(how):
         found = {one.name: _drawn(one, drawing, how, states[one.name]) for one in drawing.drawn}
     results = {name: result for name, (result, _) in found.items()}
     notes = [f"{name}, {note}" for name, (_, some) in found.items() for note in some]
@@ -204,18 +202,6 @@ def _execution(runtime: Runtime) -> EvaluationExecution:
     return EvaluationExecution(actors=runtime.actors, device=device, devices=runtime.devices)
 
 
-@contextmanager
-def _processes(how: EvaluationExecution) -> Iterator[None]:
-    """What actors need, for all models in turn; nothing where there are none."""
-    if how.in_process:
-        yield
-        return
-    from ray_jobs.submit import started_ray
-
-    with started_ray(max(os.cpu_count() or 1, how.actors)):
-        yield
-
-
 def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution, state: Path) -> tuple[LandscapeResult, list[str]]:
     """One model's landscape, which is written when it is whole, and what else is to be said of it."""
     import torch
@@ -242,7 +228,7 @@ def _drawn(one: Named, drawing: _Drawing, how: EvaluationExecution, state: Path)
         ),
         how,
         state_dir=state,
-        progress=_teller(one.name),
+        progress=teller(one.name, "points"),
     )
     result = landscape_result(
         model=one.name,
@@ -266,20 +252,3 @@ def _checkpoint(path: Path, base: Path | None) -> Checkpoint:
 def _source(path: Path, base: Path | None) -> TensorSource:
     """A model's weights, in whichever process asks."""
     return _checkpoint(path, base).source
-
-
-def _teller(name: str) -> Callable[[Mapping[str, Any]], None]:
-    """Progress on stderr: in place in a terminal, else a line now and then."""
-    told_at = time.monotonic()
-
-    def tell(told: Mapping[str, Any]) -> None:
-        nonlocal told_at
-        line, whole = f"{name}: {told['done']}/{told['total']} points", told["done"] == told["total"]
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if whole else ""))
-            sys.stderr.flush()
-        elif whole or time.monotonic() - told_at > _TELL_SECONDS:
-            told_at = time.monotonic()
-            sys.stderr.write(f"{line}\n")
-
-    return tell

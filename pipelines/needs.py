@@ -82,7 +82,8 @@ def _statistics(node: Node, s: Sizes) -> StageNeed:
 def _merge(node: Node, s: Sizes) -> StageNeed:
     merge = s.config.merge_named(node.finetune)
     assert merge is not None
-    passes = 60.0 * len(s.config.members(merge.name)) if merge.method == "ties" else 0.0
+    tuned = s.config.fusion.tuned[merge.name].merge if node.step.variant == "tuned" else None
+    passes = 60.0 * len(s.config.members(merge.name)) if (tuned or merge).method == "ties" else 0.0
     return StageNeed("", "", PROCESS_HOST, s.streamed(passes * s.models.aligned.numel))
 
 

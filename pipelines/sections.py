@@ -23,6 +23,7 @@ from components.masks.data import PreferenceData
 from components.masks.presets import resolve
 from components.masks.settings import MaskSettings
 from components.masks.zero import MaskExecution
+from pipelines.tuned_section import TunedSettings
 
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
@@ -150,8 +151,10 @@ class FusionSection(Section):
     controls: tuple[Control, ...] = ()
     """Other ways to realign, made and measured the same way: `paper` (the published mask), `interpolation`, `resta` (needs
     `unaligned`), `random_mask` (as dense as the learned one, per tensor)."""
-    select: Literal["auto", "soft", "binary"] = "auto"
-    """The form that is registered. auto: the better one on the dev sets."""
+    select: Literal["auto", "soft", "binary", "tuned"] = "auto"
+    """The form that is registered. auto: the tuned one where there is one, else the better one on the dev sets."""
+    tuned: dict[Name, TunedSettings] = Field(default_factory=dict)
+    """Finetune or merge -> settings of its own, made and measured as the form `tuned` beside soft and binary."""
     max_asr: float = Field(default=0.05, ge=0, le=1)
     """Attack success rate on dev that `auto` and the controls' scale search hold to, if any candidate does."""
     candidates: tuple[Annotated[float, Field(ge=0)], ...] = Field(
@@ -282,6 +285,8 @@ class ExecutionSection(Section):
     """The processes and devices that answer prompts."""
     landscape: EvaluationExecution = EvaluationExecution()
     """Those that measure a landscape's points, each with a model of its own."""
+    sweep: EvaluationExecution = EvaluationExecution()
+    """Those that try a sweep's candidates, each with a model of its own."""
     judge: JudgeExecution = JudgeExecution()
     """Where judges with a model of their own run, and how."""
     mask: Annotated[MaskExecution, AfterValidator(_placed)] = MaskExecution()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from components.evaluation.capability.settings import paths_of, semantics_of
+from components.evaluation.choose import FORMS
 from components.evaluation.judges.settings import semantics_and_execution
 from components.evaluation.settings import SetSettings
 from components.fusion.settings import FusionSettings
@@ -15,6 +16,7 @@ from pipelines.config import RunConfig
 from pipelines.graph import Node
 from pipelines.roots import ALIGNED, UNALIGNED, Roots
 from pipelines.sections import FinetuneConfig
+from pipelines.tuned_section import form_settings
 from ray_jobs.stage import StageSpec
 
 Parts = tuple[dict[str, Any], dict[str, Any]]
@@ -45,17 +47,17 @@ def build_spec(node: Node, *, config: RunConfig, roots: Roots, parents: dict[str
 
 def _checkpoints(config: RunConfig, name: str | None, parents: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Where the models lie that a stage reads, by role. Locations are execution: a moved model is the same model."""
-    places: dict[str, dict[str, Any]] = {"load_aligned": _place(config, None)}
+    places: dict[str, dict[str, Any]] = {"load_aligned": place_of(config, None)}
     if config.unaligned is not None:
         places["load_unaligned"] = {"path": str(config.unaligned)}
-    places |= {f"load:{other.name}": _place(config, other) for other in config.finetunes}
+    places |= {f"load:{other.name}": place_of(config, other) for other in config.finetunes}
     if name is not None:
-        members = {member.name: _place(config, member) for member in config.members(name)}
+        members = {member.name: place_of(config, member) for member in config.members(name)}
         places["load"] = {"members": members} if config.merge_named(name) else members[name]
     return {role: place for role, place in places.items() if role in parents}
 
 
-def _place(config: RunConfig, finetune: FinetuneConfig | None) -> dict[str, Any]:
+def place_of(config: RunConfig, finetune: FinetuneConfig | None) -> dict[str, Any]:
     """How the aligned model (None) or a finetune is opened."""
     factors = {"factors": True} if config.mask.track == "factors" else {}
     if finetune is not None:
@@ -70,28 +72,30 @@ def _place(config: RunConfig, finetune: FinetuneConfig | None) -> dict[str, Any]
 def _load(node: Node, config: RunConfig, roots: Roots) -> Parts:
     if node.finetune is not None:
         [finetune] = config.members(node.finetune)
-        place = _place(config, finetune)
+        place = place_of(config, finetune)
         semantics = {"role": "finetune", "identity": roots.models[f"finetune:{finetune.name}"]}
     elif node.step.name == "load_unaligned":
         place = {"path": str(config.unaligned)}
         semantics = {"role": UNALIGNED, "identity": roots.models[UNALIGNED]}
     else:
-        place = _place(config, None)
+        place = place_of(config, None)
         semantics = {"role": ALIGNED, "identity": roots.models[ALIGNED]}
     # How a model is opened decides what every later stage sees of it; where it lies does not.
     semantics |= {key: place[key] for key in ("base_equal", "factors") if key in place}
     checkpoints = {"self": place}
     if semantics["role"] != ALIGNED:
-        checkpoints["load_aligned"] = _place(config, None)
+        checkpoints["load_aligned"] = place_of(config, None)
     return semantics, {"checkpoints": checkpoints}
 
 
 def _merge(node: Node, config: RunConfig, roots: Roots) -> Parts:
     merge = config.merge_named(node.finetune)
     assert merge is not None
-    settings = merge.model_dump(mode="json", exclude={"name", "of"})
-    if merge.method in ("ties", "dare", "dare_ties"):
-        settings["density"] = merge.kept  # the default written out is no other merge
+    tuned = config.fusion.tuned[merge.name].merge if node.step.variant == "tuned" else None
+    chosen = tuned or merge
+    settings = chosen.model_dump(mode="json", exclude={"name", "of"})
+    if chosen.method in ("ties", "dare", "dare_ties"):
+        settings["density"] = chosen.kept  # the default written out is no other merge
     return {"merge": settings, "finetunes": [f.name for f in config.members(merge.name)]}, {}
 
 
@@ -147,8 +151,8 @@ def sets_asked(node: Node, config: RunConfig) -> list[SetSettings]:
         return config.landscape.sets_of(sets, whose=node.finetune)
     if node.step.stage == "search_scale":
         return [s for s in sets if s.split == "dev" and s.kind in ("harmful", "task")]
-    # Dev sets choose between the two forms of the realigned model; all other variants are only reported.
-    splits = ("dev", "test") if node.step.variant in ("soft", "binary") else ("test",)
+    # Dev sets choose between the forms of the realigned model; all other variants are only reported.
+    splits = ("dev", "test") if node.step.variant in FORMS else ("test",)
     return [s for s in sets if s.split in splits]
 
 
@@ -167,16 +171,15 @@ def _fuse(node: Node, config: RunConfig, roots: Roots) -> Parts:
     variant = node.step.variant
     if variant == "before":
         return {"fusion": FusionSettings(method="interpolation", alpha=1.0).model_dump(mode="json")}, {}
+    if variant == "tuned":
+        assert node.finetune is not None
+        return {"fusion": config.fusion.tuned[node.finetune].fusion.model_dump(mode="json")}, {}
     if variant in ("interpolation", "resta"):
         return {"fusion": {"method": variant}}, {}  # the stage takes the scale from its search
     mask = config.mask.published if variant.startswith("paper_") else config.mask.resolved
-    # A mask is used as it was trained, and so is the random one beside it: same rescaling, same scale.
-    rescale: Literal["none", "mean"] = "none" if mask.rescale == "none" else "mean"
-    if variant == "random_mask":
-        settings = FusionSettings(method="random_mask", rescale=rescale, scale=mask.scale)
-    else:
-        form: Literal["soft", "binary"] = "soft" if variant.endswith("soft") else "binary"
-        settings = FusionSettings(method="masked", form=form, rescale=rescale, scale=mask.scale)
+    settings = form_settings(mask, "soft" if variant.endswith("soft") else "binary")
+    if variant == "random_mask":  # as the mask beside it: same rescaling, same scale
+        settings = FusionSettings(method="random_mask", rescale=settings.rescale, scale=settings.scale)
     return {"fusion": settings.model_dump(mode="json")}, {}
 
 

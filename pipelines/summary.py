@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from components.evaluation.choose import choose_form
+from components.evaluation.choose import FORMS, choose_form
 from components.evaluation.compare import compare_outcomes, flipped
 from components.evaluation.outcomes import Outcome, read_answers
 from components.evaluation.settings import SetSettings
@@ -16,7 +16,6 @@ from components.storage import storage_errors, write_atomic
 from pipelines.driver import RunState
 from pipelines.provenance import add_provenance, delta_tensors
 
-_AFTER = ("soft", "binary")
 _CONTROLS = ("paper_soft", "paper_binary", "interpolation", "resta", "random_mask")
 
 
@@ -52,12 +51,15 @@ def _model(run: RunState, name: str) -> FinetuneSummary:
         "error": failure.complaint if failure else None,
         "seconds": _seconds(run, name),
     }
-    measured = {v: run.record(name, f"evaluate_{v}") for v in ("before", *_AFTER, "adapter", *_CONTROLS)}
+    measured = {v: run.record(name, f"evaluate_{v}") for v in ("before", *FORMS, "adapter", *_CONTROLS)}
     entry["before"] = _rates(measured["before"])
     entry["after_soft"], entry["after_binary"] = _rates(measured["soft"]), _rates(measured["binary"])
+    tuned = run.config.fusion.tuned.get(name)
+    if tuned is not None and (rates := _rates(measured["tuned"])) is not None:
+        entry["after_tuned"], entry["tuned"] = rates, tuned.model_dump(mode="json", exclude_defaults=True)
     entry["controls"] = {v: rates for v in _CONTROLS if (rates := _rates(measured[v])) is not None}
     entry["control_settings"] = _control_settings(run, name)
-    fused = {form: run.record(name, f"fuse_{form}") for form in _AFTER}
+    fused = {form: run.record(name, f"fuse_{form}") for form in FORMS}
     entry["fused"] = {form: str(run.result_dir(r) / "model") for form, r in fused.items() if r}  # type: ignore[typeddict-item]
     entry["selected"] = _selected(run, measured)
     _add_adapter(run, entry, measured["adapter"])
@@ -84,7 +86,7 @@ def _extra(run: RunState, what: str) -> str:
     if what.startswith("landscape"):
         return "a landscape"
     if what != "unaligned":
-        return {"adapter": "the adapter"}.get(what, f"control {what}")
+        return {"adapter": "the adapter", "tuned": "the tuned form"}.get(what, f"control {what}")
     control = "resta" in run.config.fusion.controls
     drawn = run.config.landscape is not None and "unaligned" in run.config.landscape.models
     return " and ".join([*(["control resta"] if control else []), *(["a landscape"] if drawn else [])])
@@ -119,7 +121,7 @@ def _control_settings(run: RunState, name: str) -> dict[str, dict[str, Any]]:
 
 def _selected(run: RunState, measured: dict[str, Record | None]) -> Any:
     """The form to serve."""
-    there = {form: dict(_rates(record, "dev") or {}) for form in _AFTER if (record := measured[form]) is not None}
+    there = {form: dict(_rates(record, "dev") or {}) for form in FORMS if (record := measured[form]) is not None}
     return choose_form(there, select=run.config.fusion.select, max_asr=run.config.fusion.max_asr)
 
 
@@ -154,7 +156,7 @@ def _add_comparisons(run: RunState, entry: FinetuneSummary, measured: dict[str, 
         f"{form}_vs_{other}": compare_outcomes(
             sets=sets, first=answers[form], second=answers[other], confidence=confidence
         )
-        for form in _AFTER
+        for form in FORMS
         if form in answers
         for other in answers
         if other != form

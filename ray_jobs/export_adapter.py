@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from components.checkpoints.safetensors import SafetensorsSource
-from components.evaluation.choose import choose_form
+from components.evaluation.choose import FORMS, choose_form
 from components.fusion.low_rank import export_adapter
 from ray_jobs.models import checkpoint
 from ray_jobs.stage import Outcome, StageContext
@@ -15,7 +15,8 @@ def run(context: StageContext) -> Outcome:
     """Writes `adapter/` (what PEFT loads) and `adapter.json` (rank and error of every tensor). Taken is the form that is
     selected for serving: both would double the evaluation for a model that nobody serves."""
     semantics = context.spec.semantics
-    dev = {form: context.parents[f"evaluate_{form}"].metrics.get("dev", {}) for form in ("soft", "binary")}
+    there = [form for form in FORMS if f"evaluate_{form}" in context.parents]
+    dev = {form: context.parents[f"evaluate_{form}"].metrics.get("dev", {}) for form in there}
     form = choose_form(dev, select=semantics["select"], max_asr=float(semantics["max_asr"]))
     report = export_adapter(
         aligned=checkpoint(context, "load_aligned"),

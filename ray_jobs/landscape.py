@@ -9,7 +9,7 @@ from typing import Any
 
 from components.checkpoints.reference import Checkpoint, open_checkpoint
 from components.checkpoints.source import TensorSource
-from components.evaluation.choose import choose_form
+from components.evaluation.choose import FORMS, choose_form
 from components.evaluation.execution import EvaluationExecution
 from components.evaluation.judges.settings import JudgeExecution
 from components.landscape.points import unscored_notes, write_points
@@ -81,9 +81,9 @@ def _roles(context: StageContext) -> dict[str, str]:
     """Name -> role of the parent, of every model that the stage is given; of a realigned one the form that is served."""
     roles = {name: role for name, role in _ROOTS.items() if role in context.parents}
     dev = {
-        role.removeprefix("evaluate_"): record.metrics.get("dev", {})
-        for role, record in context.parents.items()
-        if role in ("evaluate_soft", "evaluate_binary")
+        form: context.parents[f"evaluate_{form}"].metrics.get("dev", {})
+        for form in FORMS
+        if f"evaluate_{form}" in context.parents
     }
     if dev:
         semantics = context.spec.semantics

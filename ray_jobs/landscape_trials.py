@@ -22,13 +22,13 @@ from components.landscape.settings import Scan
 from components.landscape.survey import Survey
 from components.storage import Progress, storage_errors, write_atomic
 from ray_jobs.actors import Place, loaded
+from ray_jobs.tasks import KeepGoing, do_tasks
 
 if TYPE_CHECKING:
     from components.checkpoints.source import TensorSource
     from components.evaluation.capability.tasks import LoadedTask
     from components.landscape.measuring import Surveyor
 
-KeepGoing = Callable[[], None]
 Line = tuple[str, int]
 """A scan's name and which of its directions."""
 POINTS = "points.jsonl"
@@ -130,6 +130,11 @@ class Course:
         self.survey = Survey(surveying.scans, sets=surveying.measured, known=points)
         self._marking: set[Line] = set()
 
+    @property
+    def finished(self) -> bool:
+        """Whether every point is there."""
+        return self.survey.finished
+
     def next(self) -> Task | None:
         """None where nothing can be asked now."""
         ask = self.survey.next()
@@ -190,15 +195,7 @@ def survey_points(
     Raises RealignError as a model in this process does, and Ray's error when more actors than allowed are lost.
     """
     course = Course(surveying, state_dir, progress)
-    if not course.survey.finished and execution.in_process:
-        surveyor = surveying.surveyor("cpu")
-        while (task := course.next()) is not None:
-            course.told(task.do(surveyor, keep_going))
-    elif not course.survey.finished:
-        from ray_jobs.landscape_tune import tune_survey
-
-        tune_survey(course, surveying, execution, keep_going or _nothing)
-    assert course.survey.finished
+    do_tasks(course, surveying.surveyor, execution, threads=surveying.threads, keep_going=keep_going)
     return course.survey.points, course.marks
 
 
@@ -221,7 +218,3 @@ def _marks_text(marks: Mapping[Line, list[Mark]]) -> str:
 def _add(path: Path, line: Any) -> None:
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def _nothing() -> None:
-    pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from components.checkpoints.reference import Checkpoint, open_checkpoint
@@ -21,11 +22,11 @@ def checkpoint(context: StageContext, role: str, *, whole: bool = False) -> Chec
     if whole:
         place = {**place, "factors": False}
     if "members" not in place:
-        return _open(place)
+        return open_place(place)
     directory = context.parent_dir(role)
     described = json.loads((directory / MERGE_FILE).read_text())
     aligned = checkpoint(context, "load_aligned")
-    members = {name: _open(place["members"][name]) for name in described["finetunes"]}
+    members = {name: open_place(place["members"][name]) for name in described["finetunes"]}
     source = MergedSource(
         aligned.source,
         {name: member.source for name, member in members.items()},
@@ -43,7 +44,8 @@ def checkpoint(context: StageContext, role: str, *, whole: bool = False) -> Chec
     )
 
 
-def _open(place: dict[str, Any]) -> Checkpoint:
+def open_place(place: Mapping[str, Any]) -> Checkpoint:
+    """Open a model as a spec's `checkpoints` says."""
     base = place.get("base")
     return open_checkpoint(
         place["path"],

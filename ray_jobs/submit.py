@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from components.evaluation.execution import EvaluationExecution
 from ray_jobs.failure import Decision, decide
 from ray_jobs.stage import StageAnswer, StageSpec, run_stage
 
@@ -126,6 +127,16 @@ def started_ray(cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def processes(how: EvaluationExecution) -> Iterator[None]:
+    """What actors need; nothing where there are none."""
+    if how.in_process:
+        yield
+        return
+    with started_ray(max(os.cpu_count() or 1, how.actors)):
+        yield
 
 
 @cache

@@ -29,6 +29,7 @@ from components.checkpoints.source import TensorSource, TensorSpec, blocks, stre
 from components.errors import CheckpointError, ConfigError, listed
 from components.fusion.finite import refuse_not_finite
 from components.fusion.inputs import Block, Kernel, Mask, TensorInputs
+from components.fusion.merge_settings import idle_patterns
 from components.fusion.merging import MergedSource
 from components.fusion.methods import method_named
 from components.fusion.restoration import Lineage
@@ -290,6 +291,12 @@ def _require_inputs(fused: FusedSource) -> None:
         lacking.append("a trained mask or a density")
     if lacking:
         raise ConfigError(f"fusion method {method.name} needs {' and '.join(lacking)}")
+    idle = idle_patterns(settings.layers, fused.aligned.names())
+    if idle:
+        names = " and ".join(fused.aligned.names()[1:3])
+        raise ConfigError(
+            f"fusion: layers: no tensor matches {', '.join(map(repr, idle))}; they are named like {names}"
+        )
     problems = [f"finetune: {p}" for p in compare_tensors(fused.aligned, fused.finetune)]
     if method.needs_unaligned and fused.unaligned is not None:
         problems += [f"unaligned: {p}" for p in compare_tensors(fused.aligned, fused.unaligned)]

@@ -28,20 +28,20 @@ class Mask(Protocol):
         """False for a tensor that was left out in training: it keeps the finetune's weights."""
         ...
 
-    def soft(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """σ(ℓ) of a slice, 1-D fp32."""
+    def soft(self, name: str, start: int, stop: int, *, temperature: float = 1.0) -> torch.Tensor:
+        """σ(ℓ / temperature) of a slice, 1-D fp32."""
         ...
 
-    def binary(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """ℓ > 0 of a slice, 1-D bool."""
+    def binary(self, name: str, start: int, stop: int, *, threshold: float = 0.0) -> torch.Tensor:
+        """ℓ > threshold of a slice, 1-D bool."""
         ...
 
-    def soft_mean(self, name: str) -> float:
-        """Mean of σ(ℓ) over the whole tensor."""
+    def soft_mean(self, name: str, *, temperature: float = 1.0) -> float:
+        """Mean of σ(ℓ / temperature) over the whole tensor."""
         ...
 
-    def density(self, name: str) -> float:
-        """Share of ℓ > 0 in the whole tensor."""
+    def density(self, name: str, *, threshold: float = 0.0) -> float:
+        """Share of ℓ > threshold in the whole tensor."""
         ...
 
     def unit(self, name: str) -> int:

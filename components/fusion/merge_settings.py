@@ -23,7 +23,7 @@ MERGE_PAPERS: Mapping[MergeMethod, tuple[str, ...]] = {
 }
 """Where each method was published."""
 
-_OWN_FIELDS: dict[str, frozenset[str]] = {
+OWN_FIELDS: dict[str, frozenset[str]] = {
     "average": frozenset({"scale", "layers"}),
     "task_arithmetic": frozenset({"scale", "layers", "weights"}),
     "ties": frozenset({"scale", "layers", "weights", "density", "densities", "threshold", "aggregate"}),
@@ -54,6 +54,12 @@ def factor_for(factor: Factor, name: str) -> float | None:
     if isinstance(factor, int | float):
         return float(factor)
     return next((value for pattern, value in factor if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def idle_patterns(factor: Factor, names: Sequence[str]) -> list[str]:
+    """Patterns that match none of the tensors."""
+    patterns = [] if isinstance(factor, int | float) else [pattern for pattern, _ in factor]
+    return [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
 
 
 class MergeSettings(BaseModel):
@@ -99,7 +105,7 @@ class MergeSettings(BaseModel):
     def _fields_fit_the_method(self) -> Self:
         useless = [
             name
-            for name in sorted((MergeSettings.model_fields.keys() & self.model_fields_set) - _OWN_FIELDS[self.method])
+            for name in sorted((MergeSettings.model_fields.keys() & self.model_fields_set) - OWN_FIELDS[self.method])
             if name != "method"
             and getattr(self, name) != MergeSettings.model_fields[name].get_default(call_default_factory=True)
         ]
@@ -158,9 +164,8 @@ def merge_problems(
     fields: list[tuple[str, Factor | None]] = [("layers", settings.layers), ("t", settings.t)]
     fields += [(f"{field} of {one}", factor) for field, of in own.items() for one, factor in of.items()]
     for field, factor in fields:
-        if isinstance(factor, tuple):
-            idle = [pattern for pattern, _ in factor if not any(fnmatch.fnmatchcase(n, pattern) for n in tensors)]
-            problems += [f"{field}: pattern {pattern!r} matches no tensor" for pattern in idle]
+        idle = [] if factor is None else idle_patterns(factor, tensors)
+        problems += [f"{field}: pattern {pattern!r} matches no tensor" for pattern in idle]
     if isinstance(settings.t, tuple):
         problems += [f"t: no pattern matches {n}" for n in tensors if factor_for(settings.t, n) is None]
     return problems

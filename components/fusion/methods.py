@@ -12,6 +12,7 @@ import torch
 
 from components.errors import ConfigError
 from components.fusion.inputs import Block, Kernel, Method, TensorInputs
+from components.fusion.merge_settings import factor_for
 from components.fusion.random_subset import RandomSubset
 from components.fusion.restoration import (
     Lineage,
@@ -86,16 +87,19 @@ def _prepare_masked(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
     if not mask.is_masked(name):
         return _keep_finetune(inputs)
     rescale = settings.rescale == "mean"
+    layer = factor_for(settings.layers, name)
+    scale = settings.scale * (1.0 if layer is None else layer)
     if settings.form == "soft":
-        mean = mask.soft_mean(name) if rescale else None
+        t = settings.temperature
+        mean = mask.soft_mean(name, temperature=t) if rescale else None
         return lambda b: masked(
-            b.aligned, b.finetune, mask.soft(name, b.start, b.stop), scale=settings.scale, mean=mean
+            b.aligned, b.finetune, mask.soft(name, b.start, b.stop, temperature=t), scale=scale, mean=mean
         )
     return _bits_kernel(
-        lambda start, stop: mask.binary(name, start, stop),
-        density=mask.density(name) if rescale else None,
+        lambda start, stop: mask.binary(name, start, stop, threshold=settings.threshold),
+        density=mask.density(name, threshold=settings.threshold) if rescale else None,
         inputs=inputs,
-        settings=settings,
+        scale=scale,
     )
 
 
@@ -114,7 +118,7 @@ def _prepare_random(inputs: TensorInputs, settings: FusionSettings) -> Kernel:
     def bits(start: int, stop: int) -> torch.Tensor:
         return spread(subset.bits(*units(unit, start, stop)), unit, start, stop)
 
-    return _bits_kernel(bits, density=exact, inputs=inputs, settings=settings)
+    return _bits_kernel(bits, density=exact, inputs=inputs, scale=settings.scale)
 
 
 def _bits_kernel(
@@ -122,11 +126,11 @@ def _bits_kernel(
     *,
     density: float | None,
     inputs: TensorInputs,
-    settings: FusionSettings,
+    scale: float,
 ) -> Kernel:
-    if settings.scale == 1.0 and density is None:
+    if scale == 1.0 and density is None:
         return lambda b: select(b.aligned, b.finetune, bits(b.start, b.stop), _held_in(b, inputs.dtype))
-    return lambda b: masked(b.aligned, b.finetune, bits(b.start, b.stop).float(), scale=settings.scale, mean=density)
+    return lambda b: masked(b.aligned, b.finetune, bits(b.start, b.stop).float(), scale=scale, mean=density)
 
 
 def _keep_finetune(inputs: TensorInputs) -> Kernel:

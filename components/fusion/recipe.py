@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from components.errors import ConfigError
 from components.fusion.merge_settings import MergeMethod, MergeSettings
-from components.fusion.settings import FusionSettings, MethodName
+from components.fusion.settings import NEEDS_UNALIGNED, FusionSettings, MethodName
 
 MERGE_METHODS: tuple[str, ...] = get_args(MergeMethod)
 ONE_FINETUNE_METHODS: tuple[str, ...] = tuple(m for m in get_args(MethodName) if m != "random_mask")
@@ -19,7 +19,6 @@ ONE_FINETUNE_METHODS: tuple[str, ...] = tuple(m for m in get_args(MethodName) if
 
 _OPTIONS = {"output_dtype": "dtype", "max_shard_bytes": "max_shard"}
 """Fields whose options have other names."""
-_NEEDS_UNALIGNED = ("resta", "safe_lora", "safe_merge", "lox")
 _TAKES_SAFE = ("safe_merge",)
 
 
@@ -60,10 +59,10 @@ class Recipe(BaseModel):
         if names:
             raise ValueError(f"a finetune cannot be called {' or '.join(sorted(names))}; give it another name")
         method = self.fusion.method
-        for role, there, methods in (("unaligned", self.unaligned, _NEEDS_UNALIGNED), ("safe", self.safe, _TAKES_SAFE)):
+        for role, there, methods in (("unaligned", self.unaligned, NEEDS_UNALIGNED), ("safe", self.safe, _TAKES_SAFE)):
             if there is not None and method not in methods:
                 raise ValueError(f"{self.method} has no use for --{role}, only {', '.join(methods)}")
-        if method in _NEEDS_UNALIGNED and self.unaligned is None:
+        if method in NEEDS_UNALIGNED and self.unaligned is None:
             raise ValueError(f"{method} needs --unaligned, the model that the aligned one was made from")
         if self.mask is not None and self.fusion.method != "masked":
             raise ValueError(f"{self.fusion.method} has no use for a mask")

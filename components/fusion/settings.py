@@ -5,14 +5,17 @@ Light on purpose: no torch, so that a run config is checked without paying for i
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from components.fusion.merge_settings import Patterns
+
 MethodName = Literal["masked", "interpolation", "resta", "random_mask", "safe_lora", "safe_merge", "lox"]
 
-_OWN_FIELDS: dict[str, frozenset[str]] = {
-    "masked": frozenset({"form", "scale", "rescale"}),
+OWN_FIELDS: dict[str, frozenset[str]] = {
+    "masked": frozenset({"form", "scale", "rescale", "threshold", "temperature", "layers"}),
     "interpolation": frozenset({"alpha"}),
     "resta": frozenset({"gamma"}),
     "random_mask": frozenset({"scale", "rescale", "seed", "density"}),
@@ -20,12 +23,17 @@ _OWN_FIELDS: dict[str, frozenset[str]] = {
     "safe_merge": frozenset({"similarity", "lowest", "safe_share"}),
     "lox": frozenset({"gamma", "rank"}),
 }
-_REQUIRED: dict[str, tuple[str, ...]] = {
+"""What each method has a use for."""
+OF_FORM: dict[str, str] = {"threshold": "binary", "temperature": "soft"}
+"""Fields that only one form of a mask has a use for."""
+REQUIRED: dict[str, tuple[str, ...]] = {
     "masked": ("form",),
     "interpolation": ("alpha",),
     "resta": ("gamma",),
     "lox": ("gamma", "rank"),
 }
+NEEDS_UNALIGNED: tuple[MethodName, ...] = ("resta", "safe_lora", "safe_merge", "lox")
+"""Methods that look at the model which the aligned one was made from."""
 
 
 class FusionSettings(BaseModel):
@@ -39,7 +47,14 @@ class FusionSettings(BaseModel):
     the control, a random mask as dense as the learned one; `safe_lora`, `safe_merge`: matrices whose change lies away from what
     alignment changed are projected on that, or merged with safe ones; `lox`: add the safety vector's low-rank part."""
     form: Literal["soft", "binary"] | None = None
-    """masked: `soft` = σ(ℓ), `binary` = ℓ > 0."""
+    """masked: `soft` = σ(ℓ / temperature), `binary` = ℓ > threshold."""
+    threshold: float = Field(0.0, allow_inf_nan=False)
+    """masked, binary: the logit above which a weight keeps the finetune's change."""
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """masked, soft: logits are divided by it; near 0 the mask is binary, when large one half everywhere."""
+    layers: Patterns = ()
+    """masked: pattern of tensor names -> another factor on the masked delta, beside λ; 1 where no pattern matches. A tensor
+    that was left out of the mask keeps the finetune's weights whatever its factor."""
     scale: float = Field(1.0, gt=0, allow_inf_nan=False)
     """λ, the factor on the masked delta. A binary mask with λ = 1 and no rescale selects bits and computes nothing."""
     rescale: Literal["none", "mean"] = "none"
@@ -71,13 +86,18 @@ class FusionSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_the_method(self) -> Self:
-        own = _OWN_FIELDS[self.method] | {"method", "output_dtype", "rounding", "max_shard_bytes"}
-        useless = sorted(self.model_fields_set - own)
+        own = OWN_FIELDS[self.method] | {"method", "output_dtype", "rounding", "max_shard_bytes"}
+        useless = sorted((FusionSettings.model_fields.keys() & self.model_fields_set) - own)
         # Leaving a field at its default in so many words is no wish.
-        useless = [f for f in useless if getattr(self, f) != type(self).model_fields[f].default]
+        useless = [f for f in useless if getattr(self, f) != FusionSettings.model_fields[f].default]
         if useless:
             raise ValueError(f"method {self.method} has no use for {', '.join(useless)}")
-        missing = [field for field in _REQUIRED.get(self.method, ()) if getattr(self, field) is None]
+        for field, form in OF_FORM.items():
+            if self.form not in (None, form) and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"a {self.form} mask has no use for {field}, only a {form} one")
+        if any(not math.isfinite(factor) for _, factor in self.layers):
+            raise ValueError("layers: a factor is a finite number")
+        missing = [field for field in REQUIRED.get(self.method, ()) if getattr(self, field) is None]
         if missing:
             raise ValueError(f"method {self.method} needs {' and '.join(missing)}")
         if self.rounding == "stochastic" and self.output_dtype not in (None, "bfloat16"):

@@ -37,6 +37,14 @@ class _Tally:
     soft: int = 0
     """Σ σ(ℓ) in units of 2⁻²⁴: whole numbers, so that the sum does not depend on how the mask was cut."""
 
+    def count(self, logits: torch.Tensor, threshold: float = 0.0, temperature: float = 1.0) -> torch.Tensor:
+        """Add some logits; which of them are kept."""
+        keep = binary_mask(logits, threshold)
+        self.seen += logits.numel()
+        self.kept += int(keep.sum())
+        self.soft += int((soft_mask(logits.float(), temperature) * SOFT_UNIT).round_().to(torch.int64).sum())
+        return keep
+
 
 def write_artifact(
     directory: Path,
@@ -139,10 +147,7 @@ def _store(
     flat = logits.detach().reshape(-1)
     for low in range(0, flat.numel(), 2 * BLOCK):
         piece = flat[low : low + 2 * BLOCK].to("cpu", torch.bfloat16)
-        keep = binary_mask(piece)
-        tally.seen += piece.numel()
-        tally.kept += int(keep.sum())
-        tally.soft += int((soft_mask(piece.float()) * SOFT_UNIT).round_().to(torch.int64).sum())
+        keep = tally.count(piece)
         first = start + low
         if bits:
             # A slice may begin inside a byte that its neighbour ends in, so bits are added to what is there.
@@ -164,6 +169,7 @@ class MaskArtifact:
         self._numel = {name: _numel(t["shape"]) for name, t in metadata["tensors"].items()}
         self._unit = {name: self.settings.unit(t["shape"]) for name, t in metadata["tensors"].items()}
         self._unmasked: dict[str, int] = metadata["unmasked"]
+        self._tallies: dict[tuple[str, float, float], tuple[float, float]] = {}
         self._data = np.memmap(path / TENSORS_FILE, dtype=np.uint8, mode="r") if offsets else np.zeros(0, np.uint8)
 
     @classmethod
@@ -205,23 +211,31 @@ class MaskArtifact:
         stop = self.numel(name) if stop is None else stop
         if name in self._unmasked:
             return torch.full((stop - start,), torch.inf)
-        if self.metadata["storage"] == "bits":
-            raise CheckpointError(f"{self.path}: keeps bits only; train with mask.storage: logits for a soft mask")
+        self._require_logits()
         if start == stop:
             return torch.zeros(0)
-        first, last = units(self._unit[name], start, stop)
+        return spread(self._stored(name, *units(self._unit[name], start, stop)), self._unit[name], start, stop)
+
+    def _stored(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Logits of units [first, last), 1-D fp32."""
         raw = self._data[self._offsets[name] + 2 * first : self._offsets[name] + 2 * last]
-        return spread(torch.from_numpy(np.array(raw)).view(torch.bfloat16).float(), self._unit[name], start, stop)
+        return torch.from_numpy(np.array(raw)).view(torch.bfloat16).float()
 
-    def soft(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """σ(ℓ) of elements [start, stop): 1-D fp32 in [0, 1]."""
-        return soft_mask(self.logits(name, start, stop))
+    def _require_logits(self) -> None:
+        if self.metadata["storage"] == "bits":
+            raise CheckpointError(
+                f"{self.path}: keeps bits only; train with mask.storage: logits for a soft mask or another threshold"
+            )
 
-    def binary(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """ℓ > 0 of elements [start, stop): 1-D bool."""
+    def soft(self, name: str, start: int = 0, stop: int | None = None, *, temperature: float = 1.0) -> torch.Tensor:
+        """σ(ℓ / temperature) of elements [start, stop): 1-D fp32 in [0, 1]."""
+        return soft_mask(self.logits(name, start, stop), temperature)
+
+    def binary(self, name: str, start: int = 0, stop: int | None = None, *, threshold: float = 0.0) -> torch.Tensor:
+        """ℓ > threshold of elements [start, stop): 1-D bool. A mask that keeps bits only knows no threshold but 0."""
         stop = self.numel(name) if stop is None else stop
-        if self.metadata["storage"] != "bits" or name in self._unmasked:
-            return binary_mask(self.logits(name, start, stop))
+        if self.metadata["storage"] != "bits" or name in self._unmasked or threshold != 0:
+            return binary_mask(self.logits(name, start, stop), threshold)
         at = self._offsets[name]
         first, last = units(self._unit[name], start, stop)
         raw = self._data[at + first // 8 : at + (last + 7) // 8]
@@ -232,17 +246,34 @@ class MaskArtifact:
         """What its training measured, and how much it keeps."""
         return {**self.metadata["metrics"], **{key: self.metadata[key] for key in ("density", "soft_mean")}}
 
-    def density(self, name: str) -> float:
+    def density(self, name: str, *, threshold: float = 0.0) -> float:
         """Share of the tensor's elements that the binary mask keeps."""
-        return self._statistic(name, "density")
+        return self._statistic(name, "density") if threshold == 0 else self._counted(name, threshold=threshold)[0]
 
-    def soft_mean(self, name: str) -> float:
-        """Mean of σ(ℓ) over the whole tensor."""
-        return self._statistic(name, "soft_mean")
+    def soft_mean(self, name: str, *, temperature: float = 1.0) -> float:
+        """Mean of σ(ℓ / temperature) over the whole tensor."""
+        return (
+            self._statistic(name, "soft_mean") if temperature == 1 else self._counted(name, temperature=temperature)[1]
+        )
 
     def unit(self, name: str) -> int:
         """Neighbours of a flattened tensor that share a logit."""
         return self._unit.get(name, 1)
+
+    def _counted(self, name: str, *, threshold: float = 0.0, temperature: float = 1.0) -> tuple[float, float]:
+        """Density and mean at other values than those that were counted when the mask was written: the same sums, made when
+        first asked for."""
+        if name in self._unmasked:
+            return 1.0, 1.0
+        key = name, threshold, temperature
+        if key not in self._tallies:
+            self._require_logits()
+            tally, count = _Tally(), self.numel(name) // self._unit[name]
+            for start in range(0, count, 2 * BLOCK):
+                tally.count(self._stored(name, start, min(start + 2 * BLOCK, count)), threshold, temperature)
+            seen = max(tally.seen, 1)
+            self._tallies[key] = tally.kept / seen, tally.soft / SOFT_UNIT / seen
+        return self._tallies[key]
 
     def _statistic(self, name: str, key: str) -> float:
         if self.numel(name) and name in self._unmasked:

@@ -144,14 +144,14 @@ def concrete_sample(logits: torch.Tensor, noise: torch.Tensor | None, temperatur
     return sample.mul_(_scalar_like(1.0 / temperature, sample)).sigmoid_()
 
 
-def soft_mask(logits: torch.Tensor) -> torch.Tensor:
-    """σ(ℓ): the probability that an element is kept, whatever the temperature."""
-    return torch.sigmoid(logits)
+def soft_mask(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """σ(ℓ / temperature). With 1 it is the probability that an element is kept, whatever the samples' temperature."""
+    return torch.sigmoid(logits if temperature == 1 else logits / temperature)
 
 
-def binary_mask(logits: torch.Tensor) -> torch.Tensor:
-    """ℓ > 0, bool."""
-    return logits > 0
+def binary_mask(logits: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
+    """ℓ > threshold, bool."""
+    return logits > threshold
 
 
 def coefficient(mask: torch.Tensor, *, scale: float, mean: float) -> torch.Tensor:

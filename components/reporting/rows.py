@@ -69,7 +69,7 @@ def legend(summary: RunSummary) -> str:
 
 
 def rows(summary: RunSummary) -> list[Row]:
-    """The aligned model, then each finetune's models: before, soft, binary, adapter, controls in the order of the summary."""
+    """The aligned model, then each finetune's models: before, its forms, adapter, controls in the order of the summary."""
     columns = shown_columns(summary)
     aligned = [shown for name, shown in _models(summary) if not name]
     found = [Row("", shown.label, tuple(_cell(shown, c) for c in columns), None) for shown in aligned]
@@ -82,7 +82,7 @@ def rows(summary: RunSummary) -> list[Row]:
                     model=shown.label,
                     cells=tuple(_cell(shown, c) for c in columns),
                     kept=task_kept(shown.rates, before),
-                    selected=shown.label in ("soft", "binary") and shown.label == one.get("selected"),
+                    selected=shown.label in ("soft", "binary", "tuned") and shown.label == one.get("selected"),
                 )
             )
         if one["status"] == "failed":
@@ -150,7 +150,8 @@ def _models(summary: RunSummary) -> Iterator[tuple[str, _Shown]]:
 
 
 def _variants(one: FinetuneSummary) -> Iterator[_Shown]:
-    first = (("before", one.get("before")), ("soft", one.get("after_soft")), ("binary", one.get("after_binary")))
+    first = [("before", one.get("before")), ("soft", one.get("after_soft")), ("binary", one.get("after_binary"))]
+    first += [("tuned", one.get("after_tuned"))]
     drawn = one.get("landscape", {})
     visage = {"before": visage_of(drawn.get("before")), one.get("selected"): visage_of(drawn.get("realigned"))}
     for label, rates in (*first, ("adapter", one.get("after_adapter")), *one.get("controls", {}).items()):

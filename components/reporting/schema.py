@@ -99,13 +99,14 @@ class FlippedExample(TypedDict):
 class FusedPaths(TypedDict, total=False):
     soft: str
     binary: str
+    tuned: str
 
 
 class AdapterSummary(TypedDict):
     """The realigned model as a LoRA adapter over the aligned one."""
 
     path: str
-    form: Literal["soft", "binary"]
+    form: Literal["soft", "binary", "tuned"]
     """Of which fused model."""
     error: Finite
     """‖Δ − B A‖ / ‖Δ‖ over all adapted tensors, Frobenius."""
@@ -190,7 +191,7 @@ class StepCost(TypedDict, total=False):
     """All files of the result."""
 
 
-Variant = Literal["soft", "binary"]
+Variant = Literal["soft", "binary", "tuned"]
 
 
 class FinetuneSummary(TypedDict):
@@ -203,6 +204,10 @@ class FinetuneSummary(TypedDict):
     before: NotRequired[Rates | None]
     after_soft: NotRequired[Rates | None]
     after_binary: NotRequired[Rates | None]
+    after_tuned: NotRequired[Rates]
+    """Of the model with settings of its own."""
+    tuned: NotRequired[dict[str, Any]]
+    """Those settings: of the fusion, and under `merge` of a merge."""
     after_adapter: NotRequired[Rates]
     """Of the adapter over the aligned model."""
     adapter: NotRequired[AdapterSummary]

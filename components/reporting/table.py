@@ -15,7 +15,7 @@ from components.reporting.schema import FinetuneSummary, RunSummary, shown_model
 
 
 def comparison_table(summary: RunSummary, *, width: int | None = None) -> Table:
-    """A row per model: the aligned one, then each finetune before, realigned soft and binary (a star marks the selected
+    """A row per model: the aligned one, then each finetune before and in its forms (a star marks the selected
     one) and its controls; a column per measurement.
 
     `width` is the terminal's, in characters: intervals are left out where they would not fit.

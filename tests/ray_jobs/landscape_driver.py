@@ -109,7 +109,7 @@ def together(directory: Path) -> list[list[float]]:
 
 
 def holders() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Measuring")]
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Holding")]
 
 
 def survey(directory: Path, actors: int, state: str, *, losses: int = 0, **more: Any) -> dict[str, Any]:

@@ -50,17 +50,17 @@ class LogitMask:
     def is_masked(self, name: str) -> bool:
         return name not in self.left_out
 
-    def soft(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return torch.sigmoid(self.values[name][start:stop])
+    def soft(self, name: str, start: int, stop: int, *, temperature: float = 1.0) -> torch.Tensor:
+        return torch.sigmoid(self.values[name][start:stop] / temperature)
 
-    def binary(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.values[name][start:stop] > 0
+    def binary(self, name: str, start: int, stop: int, *, threshold: float = 0.0) -> torch.Tensor:
+        return self.values[name][start:stop] > threshold
 
-    def soft_mean(self, name: str) -> float:
-        return float(torch.sigmoid(self.values[name].double()).mean())
+    def soft_mean(self, name: str, *, temperature: float = 1.0) -> float:
+        return float(torch.sigmoid(self.values[name].double() / temperature).mean())
 
-    def density(self, name: str) -> float:
-        return float((self.values[name] > 0).double().mean())
+    def density(self, name: str, *, threshold: float = 0.0) -> float:
+        return float((self.values[name] > threshold).double().mean())
 
     def unit(self, name: str) -> int:
         return 1

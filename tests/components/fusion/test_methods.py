@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.errors import ConfigError
 from components.fusion.fused import FusedSource
 from components.fusion.inputs import Block, TensorInputs
 from components.fusion.methods import (
@@ -99,6 +100,52 @@ def test_interpolation_and_resta_against_fp64(seed: int, alpha: float, gamma: fl
     want = f.double() + gamma * (a.double() - u.double())
     bound = 6 * EPS * size * (1 + abs(gamma)) + 1e-44
     assert bool(((resta(a, f, u, gamma=gamma).double() - want).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("rescale", ["none", "mean"])
+@pytest.mark.parametrize("given_", [{"form": "binary", "threshold": 0.75}, {"form": "soft", "temperature": 0.4}])
+def test_thresholds_temperatures_and_factors_by_layer_against_fp64(given_: dict[str, Any], rescale: Any) -> None:
+    names = ("layers.0.mlp.up", "layers.1.mlp.up", "layers.1.attn.q", "left.out")
+    a, f, logits = ({n: odd_values(300, torch.float32, 3 * i + k) for i, n in enumerate(names)} for k in range(3))
+    logits = {n: 2 * torch.randn(300, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(names)}
+    chosen = FusionSettings(
+        method="masked", scale=1.5, rescale=rescale, layers={"*.1.mlp.*": 0.0, "*.mlp.*": 0.5, "left.*": 7.0}, **given_
+    )
+    mask = LogitMask(logits, left_out=("left.out",))
+    fused = FusedSource(aligned=MemorySource(a), finetune=MemorySource(f), settings=chosen, mask=mask)
+    for name, layer in zip(names[:3], (0.5, 0.0, 1.0), strict=True):
+        l64 = logits[name].double()
+        m = (l64 > 0.75).double() if chosen.form == "binary" else 1 / (1 + torch.exp(-l64 / 0.4))
+        factor = 1.5 * layer / (float(m.mean()) if rescale == "mean" else 1.0)
+        want = a[name].double() + factor * m * (f[name].double() - a[name].double())
+        bound = 8 * EPS * (a[name].double().abs() + f[name].double().abs()) * (1 + factor) + 1e-44
+        assert bool(((fused.read(name).double() - want).abs() <= bound).all()), name
+    assert same_bits(fused.read(names[1]), a[names[1]])
+    assert same_bits(fused.read("left.out"), f["left.out"])
+
+
+def test_another_threshold_still_selects_and_the_defaults_are_the_old_masks_bit_for_bit() -> None:
+    a, f = odd_values(500, torch.float32, 0), odd_values(500, torch.bfloat16, 1)
+    logits = torch.randn(500, generator=torch.Generator().manual_seed(2))
+    sources = {"aligned": MemorySource({"w": a}), "finetune": MemorySource({"w": f}), "mask": LogitMask({"w": logits})}
+
+    def read(**given: Any) -> torch.Tensor:
+        return FusedSource(settings=FusionSettings(method="masked", **given), **sources).read("w")  # type: ignore[arg-type]
+
+    for threshold in (-0.5, 0.0, 0.5):
+        assert same_bits(read(form="binary", threshold=threshold), select(a, f, logits > threshold, torch.float32))
+    ones = {"layers": {"w": 1.0}}
+    assert same_bits(read(form="binary", **ones), read(form="binary"))
+    assert same_bits(read(form="soft", temperature=1.0, **ones), blend(a, f, torch.sigmoid(logits)))
+
+
+def test_a_pattern_that_no_tensor_matches_is_refused() -> None:
+    source, chosen = (
+        MemorySource({"w": torch.ones(3)}),
+        FusionSettings(method="masked", form="soft", layers={"v*": 2.0}),
+    )
+    with pytest.raises(ConfigError, match="no tensor matches 'v\\*'"):
+        FusedSource(aligned=source, finetune=source, settings=chosen, mask=LogitMask({"w": torch.ones(3)}))
 
 
 def test_a_large_delta_costs_the_finetune_no_bit() -> None:

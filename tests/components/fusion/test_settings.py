@@ -36,6 +36,14 @@ from components.fusion.settings import FusionSettings, MethodName
         ({"method": "masked", "form": "soft", "scale": 0}, "greater than 0"),
         ({"method": "interpolation", "alpha": float("nan")}, "finite"),
         ({"method": "random_mask", "density": 1.5}, "less than or equal to 1"),
+        (
+            {"method": "masked", "form": "soft", "threshold": 1.0},
+            "a soft mask has no use for threshold, only a binary one",
+        ),
+        ({"method": "masked", "form": "binary", "temperature": 2.0}, "a binary mask has no use for temperature"),
+        ({"method": "masked", "form": "soft", "temperature": 0}, "greater than 0"),
+        ({"method": "masked", "form": "soft", "layers": {"*": float("inf")}}, "layers: a factor is a finite number"),
+        ({"method": "interpolation", "alpha": 1, "layers": {"*": 2}}, "method interpolation has no use for layers"),
     ],
 )
 def test_refused(given: dict[str, Any], message: str) -> None:
@@ -48,7 +56,7 @@ def test_defaults_in_so_many_words_are_allowed_and_settings_round_trip() -> None
     settings = FusionSettings(method="interpolation", alpha=0.3, scale=1.0, form=None)
     assert FusionSettings(**settings.model_dump()) == settings
     for method, own in (
-        ("masked", {"form": "binary", "rescale": "mean"}),
+        ("masked", {"form": "binary", "rescale": "mean", "threshold": -0.5, "layers": {"b": 2.0, "*": 0.5}}),
         ("random_mask", {"density": 0.5, "seed": 3}),
     ):
         made = FusionSettings(method=method, **own)  # type: ignore[arg-type]

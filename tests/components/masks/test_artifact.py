@@ -63,6 +63,40 @@ def test_what_is_written_is_read_by_any_slice(tmp_path: Path, storage: str) -> N
     assert mask.is_masked("a.bias")
 
 
+@pytest.mark.parametrize("granularity", ["element", "row", "tensor"])
+def test_other_thresholds_and_temperatures_are_counted_over_the_whole_tensor(tmp_path: Path, granularity: Any) -> None:
+    settings = MaskSettings(granularity=granularity)
+    logits = {n: masks()[n][: torch.Size(shape).numel() // settings.unit(shape)] for n, shape in SHAPES.items()}
+    shards = [(name, 0, values.numel(), values) for name, values in logits.items()]
+    write_artifact(tmp_path, shapes=SHAPES, shards=shards, settings=settings, unmasked={"frozen": 6})
+    mask = MaskArtifact.open(tmp_path)
+    for name, shape in SHAPES.items():
+        every = logits[name].bfloat16().double().repeat_interleave(settings.unit(shape))
+        for threshold in (-1.0, 0.0, 0.7):
+            assert torch.equal(mask.binary(name, threshold=threshold), every > threshold)
+            assert mask.density(name, threshold=threshold) == pytest.approx((every > threshold).double().mean().item())
+        for temperature in (0.3, 1.0, 5.0):
+            want = 1 / (1 + torch.exp(-every / temperature))
+            assert mask.soft(name, temperature=temperature).double().tolist() == pytest.approx(want.tolist(), abs=1e-6)
+            assert mask.soft_mean(name, temperature=temperature) == pytest.approx(want.mean().item(), abs=1e-6)
+    assert mask.soft("frozen", 2, 5, temperature=9.0).tolist() == [1.0] * 3
+    assert mask.binary("frozen", threshold=9.0).tolist() == [True] * 6
+    assert (mask.density("frozen", threshold=9.0), mask.soft_mean("frozen", temperature=9.0)) == (1.0, 1.0)
+
+
+def test_what_is_counted_later_is_what_is_counted_while_writing(tmp_path: Path) -> None:
+    mask = write(tmp_path, "logits")
+    for name in SHAPES:
+        assert mask._counted(name) == (mask.density(name), mask.soft_mean(name))
+
+
+def test_bits_know_one_threshold(tmp_path: Path) -> None:
+    mask = write(tmp_path, "bits")
+    for ask in (mask.binary, mask.density):
+        with pytest.raises(CheckpointError, match="keeps bits only"):
+            ask("a.bias", threshold=0.5)
+
+
 @pytest.mark.parametrize("storage", ["logits", "bits"])
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_shared_logits_are_read_by_element(tmp_path: Path, storage: Any, granularity: Any) -> None:

@@ -1,10 +1,11 @@
-"""Points of a landscape as Ray Tune's trials: one Tuner for a whole survey, whose trials come from the survey as it goes on.
+"""Tasks for actors that hold a model (points of a landscape, candidates of a sweep) as Ray Tune's trials: one Tuner for all,
+whose trials come from a course as it goes on.
 
-An actor loads the model once and measures one point after the other (`reuse_actors`). How ray 2.60 goes about it decides some
-of what is here. It ends an actor that has no trial, and one that is still loading as soon as another can take its trial: so
-an actor comes up with a trial that waits, is given points from then on, and waits between the rounds of a refined scan. What
-a searcher raises becomes a trial's failure: so it is kept and raised between two steps. A lost actor's trial may end in two
-ways: so its point is another trial's, and Tune's own retries stay off.
+An actor loads the model once and does one task after the other (`reuse_actors`). How ray 2.60 goes about it decides some of
+what is here. It ends an actor that has no trial, and one that is still loading as soon as another can take its trial: so an
+actor comes up with a trial that waits, is given tasks from then on, and waits where there is none. What a searcher raises
+becomes a trial's failure: so it is kept and raised between two steps. A lost actor's trial may end in two ways: so its task
+is another trial's, and Tune's own retries stay off.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ from ray.tune.search import Searcher
 
 from components.evaluation.execution import EvaluationExecution
 from ray_jobs.actors import Resources, lost_errors, no_room, resources_of
-from ray_jobs.landscape_trials import Course, KeepGoing, Surveying, Task
+from ray_jobs.tasks import Course, KeepGoing
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # three files a trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the command, as elsewhere
-    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # what must survive stands in the survey's own files
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # what must survive stands in the course's own files
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_THRESHOLD_S": "1e9",
     "RAY_AIR_NEW_OUTPUT": "0",  # prints a table whatever is asked for
@@ -44,14 +45,14 @@ _WAIT_SECONDS = 0.25
 """How long an actor waits before it asks again."""
 
 
-class Measuring(tune.Trainable):  # type: ignore[misc]
-    """An actor: the model, once. A trial is one step, one point."""
+class Holding(tune.Trainable):  # type: ignore[misc]
+    """An actor: what it holds, once. A trial is one step, one task."""
 
-    def setup(self, config: dict[str, Any], surveying: Surveying, device: str) -> None:
+    def setup(self, config: dict[str, Any], hold: Callable[[str], Any], device: str) -> None:
         """Raises nothing: an actor that fails while it is made looks like a lost one, and the model would be loaded again."""
         self._failure: Exception | None = None
         try:
-            self._surveyor = surveying.surveyor(device)
+            self._held = hold(device)
         except Exception as error:  # noqa: BLE001 - raised by the driver
             self._failure = _portable(error)
 
@@ -65,7 +66,7 @@ class Measuring(tune.Trainable):  # type: ignore[misc]
             time.sleep(_WAIT_SECONDS if self.iteration else 0)
             return {"waiting": True}
         try:
-            return {"done": True, "found": [self.config["task"].do(self._surveyor)]}
+            return {"done": True, "found": [self.config["task"].do(self._held)]}
         except Exception as error:  # noqa: BLE001 - raised by the driver
             return {"done": True, "failure": _portable(error)}
 
@@ -82,27 +83,27 @@ def _portable(error: Exception) -> Exception:
 
 
 class _Search(Searcher):  # type: ignore[misc]
-    """Suggests the survey's points and tells it what was found."""
+    """Suggests the course's tasks and tells it what was found."""
 
     def __init__(self, course: Course, max_losses: int) -> None:
         super().__init__()
         self._course, self._left = course, max_losses
-        self._ahead: Task | None = None
-        self._under_way: dict[str, Task | None] = {}
+        self._ahead: Any = None
+        self._under_way: dict[str, Any] = {}
         """By trial; None of one that waits."""
         self._idle = 0
         """Actors that are up and have no trial."""
         self.failure: BaseException | None = None
-        """What ends the survey."""
+        """What ends it all."""
         self.lost: set[str] = set()
         """Trials whose actor was lost, beyond those allowed."""
 
     @property
     def finished(self) -> bool:
-        return self._course.survey.finished
+        return self._course.finished
 
     def wanted(self) -> bool:
-        """Whether there is a point for an actor that waits."""
+        """Whether there is a task for an actor that waits."""
         return not self._idle and self._next() is not None
 
     def suggest(self, trial_id: str) -> Any:
@@ -132,7 +133,7 @@ class _Search(Searcher):  # type: ignore[misc]
         except Exception as failure:  # noqa: BLE001 - Tune would take it for the trial's
             self.failure = failure
 
-    def _next(self) -> Task | None:
+    def _next(self) -> Any:
         if self._ahead is None:
             self._ahead = self._course.next()
         return self._ahead
@@ -150,7 +151,7 @@ class _Search(Searcher):  # type: ignore[misc]
         self._under_way, self._idle = {}, 0
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """The survey keeps its own files."""
+        """The course keeps its own files."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles it for a restart of its own
@@ -165,7 +166,7 @@ class _Waits(FIFOScheduler):  # type: ignore[misc]
 
 
 class _Ends(tune.Stopper):  # type: ignore[misc]
-    """Ends trials that wait where there is something to measure, and all when everything is."""
+    """Ends trials that wait where there is something to do, and all when everything is done."""
 
     def __init__(self, search: _Search) -> None:
         self._search = search
@@ -178,7 +179,7 @@ class _Ends(tune.Stopper):  # type: ignore[misc]
 
 
 class _Watch(tune.Callback):  # type: ignore[misc]
-    """Ends Tune between two steps for what the survey, a lease or an actor that finds no room says."""
+    """Ends Tune between two steps for what the course, a lease or an actor that finds no room says."""
 
     def __init__(self, search: _Search, keep_going: KeepGoing, patience_s: float, needs: Resources) -> None:
         self._search, self._keep_going, self._patience_s, self._needs = search, keep_going, patience_s, needs
@@ -212,13 +213,20 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         return {}
 
 
-def tune_survey(course: Course, surveying: Surveying, execution: EvaluationExecution, keep_going: KeepGoing) -> None:
-    """Bring a survey to its end on actors. Raises what `survey_points` says."""
+def tune_tasks(
+    course: Course,
+    hold: Callable[[str], Any],
+    execution: EvaluationExecution,
+    *,
+    threads: int,
+    keep_going: KeepGoing,
+) -> None:
+    """See `do_tasks`. Raises EvaluationError where no actor finds room, too."""
     search = _Search(course, execution.max_losses)
     with _quiet(), _storage(course.state_dir / "tune") as storage:
-        while not course.survey.finished:
+        while not course.finished:
             try:
-                _tuner(storage, search, surveying, execution, keep_going).fit()
+                _tuner(storage, search, hold, execution, threads, keep_going).fit()
             except RuntimeError as error:
                 # An actor that Ray ended for its memory is none of the losses that Tune knows, and ends the Tuner.
                 if not isinstance(error.__cause__, lost_errors()):
@@ -229,12 +237,17 @@ def tune_survey(course: Course, surveying: Surveying, execution: EvaluationExecu
 
 
 def _tuner(
-    storage: Path, search: _Search, surveying: Surveying, execution: EvaluationExecution, keep_going: KeepGoing
+    storage: Path,
+    search: _Search,
+    hold: Callable[[str], Any],
+    execution: EvaluationExecution,
+    threads: int,
+    keep_going: KeepGoing,
 ) -> tune.Tuner:
-    needs = resources_of(execution, surveying.threads)
-    trainable = tune.with_parameters(Measuring, surveying=surveying, device=needs.device)
-    # Tune keeps trainables by name for all of a Ray job: two surveys at once would measure each other's models.
-    trainable.__name__ = f"{Measuring.__name__}-{uuid.uuid4().hex}"
+    needs = resources_of(execution, threads)
+    trainable = tune.with_parameters(Holding, hold=hold, device=needs.device)
+    # Tune keeps trainables by name for all of a Ray job: two courses at once would use each other's models.
+    trainable.__name__ = f"{Holding.__name__}-{uuid.uuid4().hex}"
     return tune.Tuner(
         tune.with_resources(trainable, {"cpu": needs.cpus, "gpu": needs.gpus}),
         tune_config=tune.TuneConfig(
@@ -246,7 +259,7 @@ def _tuner(
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name="survey",
+            name="tasks",
             storage_path=str(storage),
             stop=_Ends(search),
             callbacks=[_Watch(search, keep_going, execution.patience_s, needs)],
@@ -268,7 +281,7 @@ def _storage(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Tune with its settings, and without what it prints, which the survey says itself."""
+    """Tune with its settings, and without what it prints, which the course says itself."""
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     logger = logging.getLogger("ray.tune")
     level = logger.level
