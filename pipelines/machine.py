@@ -54,7 +54,7 @@ class Rates(BaseModel):
 
 def this_machine(workspace: Path, execution: ExecutionSection) -> Cluster:
     """What is free here now, and on the disks where files are or will be; of the CPUs, those that stages are to share."""
-    found = _gpus()
+    found = gpus()
     return Cluster(
         cpus=execution.workers or os.cpu_count() or 1,
         memory=available_memory(),
@@ -111,7 +111,7 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _gpus() -> list[int]:
+def gpus() -> list[int]:
     """Free bytes of each GPU that this process may use. By the driver's own tool: asking through torch would open a context and
     keep half a GiB of each."""
     tool = shutil.which("nvidia-smi")

@@ -74,6 +74,11 @@ class ApiSettings(Pressing):
     model: str = Field(min_length=1)
     """By the name it is served under."""
 
+    @property
+    def key_from(self) -> str | None:
+        """The environment variable that the key is read from; None where none is sent."""
+        return self.key_variable or ("OPENAI_API_KEY" if self.url.startswith("https://api.openai.com/") else None)
+
 
 class ApiModel:
     """An Answerer: a model behind an API, which cannot be stopped early."""
@@ -237,8 +242,7 @@ class _Pace:
 def _client(settings: ApiSettings) -> OpenAI:
     from openai import OpenAI
 
-    own = "OPENAI_API_KEY" if settings.url.startswith("https://api.openai.com/") else None
-    key = os.environ.get(settings.key_variable or own or "") or "none"
+    key = os.environ.get(settings.key_from or "") or "none"
     return OpenAI(base_url=settings.url, api_key=key, timeout=settings.timeout_s, max_retries=settings.retries)
 
 

@@ -33,6 +33,12 @@ class Tracker(Registry):
         with talking(self.uri, self._about):
             self.experiment_id = self._experiment(experiment, workspace)
 
+    def try_writing(self) -> None:
+        """Make a run in the experiment and delete it, to see whether this user may. Raises TrackingError."""
+        with talking(self.uri, self._about):
+            made = self.client.create_run(self.experiment_id, run_name="realign doctor")
+            self.client.delete_run(made.info.run_id)
+
     def project(self, run: TrackedRun, *, run_id: str | None = None, ended: bool = True) -> dict[str, str]:
         """Make MLflow show `run` and its children; returns the run id of "" (the run itself) and of each child by name.
 
