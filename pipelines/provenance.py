@@ -97,7 +97,7 @@ def _set(run: RunState, one: SetSettings) -> dict[str, Any]:
         **how,
         **({"attack": attack} if attack else {}),
         "counts": one.counts,
-        "sha256": run.roots.files[one.files],
+        "sha256": run.roots.files.get(one.files),  # None of a file that could not be read
     }
 
 

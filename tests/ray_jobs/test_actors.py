@@ -15,7 +15,7 @@ from components.evaluation.settings import EvaluationSettings, SetSettings
 from ray_jobs.actors import Place, loaded
 from tests.components.evaluation import tiny
 
-pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("run")]
+pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("jobs")]
 
 DRIVER = """
 import json, os, signal, sys, time

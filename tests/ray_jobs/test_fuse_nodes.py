@@ -15,7 +15,7 @@ from components.storage import Workspace
 from ray_jobs.stage import StageSpec, run_stage
 from tests.components.checkpoints.tiny import llama, perturbed, rewrite, save, save_tokenizer
 
-pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("run")]
+pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("jobs")]
 
 DRIVER = """
 import json, os, sys

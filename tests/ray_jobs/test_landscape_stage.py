@@ -27,7 +27,7 @@ from ray_jobs.landscape import _opened
 from ray_jobs.stage import StageContext, StageSpec, parents_of, run_stage
 from tests.families import minute_family
 
-pytestmark = pytest.mark.xdist_group("run")
+pytestmark = pytest.mark.xdist_group("jobs")
 
 ALPHA = 0.3
 SETTINGS = EvaluationSettings(max_new_tokens=24)

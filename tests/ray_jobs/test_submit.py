@@ -14,7 +14,7 @@ from components.checkpoints.reference import open_checkpoint
 from ray_jobs.stage import StageSpec
 from tests.families import minute_family
 
-pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("run")]
+pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("jobs")]
 
 DRIVER = """
 import json, os, sys, time, urllib.error, urllib.request

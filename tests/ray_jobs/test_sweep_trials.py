@@ -14,7 +14,7 @@ from components.sweeps.settings import Objective
 from components.sweeps.trials import TRIALS_FILE
 from tests.ray_jobs.sweep_driver import SETTINGS, Watching, plain, swept, write_mask
 
-pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("run")]
+pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("jobs")]
 
 
 @pytest.fixture(scope="module")

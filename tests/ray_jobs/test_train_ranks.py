@@ -21,7 +21,7 @@ from components.masks.artifact import MaskArtifact
 from components.reporting.schema import read_summary
 from tests.pipelines.small import command, records, run, small_config, write_config
 
-pytestmark = [pytest.mark.multiproc, pytest.mark.slow, pytest.mark.xdist_group("run")]
+pytestmark = [pytest.mark.multiproc, pytest.mark.slow, pytest.mark.xdist_group("jobs")]
 STEPS = 60
 
 
