@@ -146,6 +146,7 @@ def test_it_is_shown_and_tracked(finished: Finished) -> None:
     assert {"random.png", "path.png"} <= set(pictures)
 
 
+@pytest.mark.slow
 def test_nothing_is_drawn_twice_and_actors_draw_the_same(finished: Finished, tmp_path: Path) -> None:
     import shutil
 

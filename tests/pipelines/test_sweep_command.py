@@ -145,6 +145,7 @@ def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_of_a_merge_its_own_settings_are_found_too(tmp_path: Path) -> None:
     config = small_config(tmp_path, steps=2)
     config |= {"mode": "merge", "merges": [{"name": "both", "method": "ties"}], "fusion": {}}
