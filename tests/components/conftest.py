@@ -1,4 +1,4 @@
-"""An object store on this machine, started for the tests that ask for one."""
+"""An object store on this machine, started for the tests that ask for one, and tiny models that have learnt to refuse."""
 
 from __future__ import annotations
 
@@ -95,3 +95,20 @@ def store(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     client.create_bucket(Bucket=bucket)
     yield Store(s3_endpoint, bucket, client)
     client.close()
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory that answers `tiny.LESSONS` word for word."""
+    from tests.components.evaluation import tiny
+
+    return tiny.build_taught_model(tmp_path_factory.mktemp("models") / "taught")
+
+
+@pytest.fixture(scope="session")
+def untaught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture and vocabulary, without its refusals."""
+    from tests.components.evaluation import tiny
+
+    lessons = dict.fromkeys(tiny.HARMFUL, "first you take it, then you build it") | tiny.ANSWERED
+    return tiny.build_taught_model(tmp_path_factory.mktemp("models") / "untaught", lessons=lessons)

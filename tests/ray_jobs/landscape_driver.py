@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from components.checkpoints.reference import open_checkpoint
 from components.checkpoints.source import TensorSource
 from components.errors import RealignError
@@ -27,6 +25,7 @@ from components.landscape.settings import RandomAxis, Scan, TowardsAxis
 from ray_jobs.actors import Place
 from ray_jobs.landscape_trials import POINTS, Surveying, survey_points
 from ray_jobs.submit import started_ray
+from tests.ray_jobs.watching import Watching, holders, murder
 
 SCANS = (
     Scan(name="grid", axes=(RandomAxis(), TowardsAxis(model="other")), points=3),
@@ -108,10 +107,6 @@ def together(directory: Path) -> list[list[float]]:
     return found
 
 
-def holders() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Holding")]
-
-
 def survey(directory: Path, actors: int, state: str, *, losses: int = 0, **more: Any) -> dict[str, Any]:
     """Points without their times, and marks."""
     execution = EvaluationExecution(actors=actors, max_losses=losses, **more.pop("execution", {}))
@@ -124,22 +119,6 @@ def survey(directory: Path, actors: int, state: str, *, losses: int = 0, **more:
 
 class TakenOverError(Exception):
     """What somebody who looks after a survey may raise."""
-
-
-class Watching:
-    """Is told of a survey's progress, and does something at one of its points."""
-
-    def __init__(self, at: int, do: Callable[[], Any]) -> None:
-        self.at, self.do, self.told = at, do, 0
-
-    def __call__(self, now: dict[str, Any]) -> None:
-        self.told += 1
-        if self.told == self.at:
-            self.do()
-
-
-def murder() -> None:
-    os.kill(holders()[0].pid, signal.SIGKILL)
 
 
 def left() -> int:

@@ -7,12 +7,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from components.checkpoints.reference import open_checkpoint
@@ -29,6 +27,7 @@ from components.sweeps.trials import TRIALS_FILE, Scored, candidate_key
 from ray_jobs.submit import started_ray
 from ray_jobs.sweep_trials import Sweeping, sweep_target
 from tests.families import minute_family
+from tests.ray_jobs.watching import Watching, murder
 
 SETTINGS = SweepSettings(
     trials=8,
@@ -88,23 +87,6 @@ def swept(directory: Path, actors: int, state: str, **more: Any) -> list[Scored]
     execution = EvaluationExecution(actors=actors, max_losses=more.pop("losses", 0))
     asked = sweeping(directory, sweep=more.pop("sweep", SETTINGS))
     return sweep_target(asked, execution, state_dir=directory / state, **more)
-
-
-class Watching:
-    """Is told of a sweep's progress, and does something at one of its candidates."""
-
-    def __init__(self, at: int, do: Callable[[], Any]) -> None:
-        self.at, self.do, self.told = at, do, 0
-
-    def __call__(self, now: dict[str, Any]) -> None:
-        self.told += 1
-        if self.told == self.at:
-            self.do()
-
-
-def murder() -> None:
-    actors = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Holding")]
-    os.kill(actors[0].pid, signal.SIGKILL)
 
 
 def too_many(directory: Path) -> str:

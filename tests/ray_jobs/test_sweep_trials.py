@@ -12,7 +12,8 @@ import pytest
 
 from components.sweeps.settings import Objective
 from components.sweeps.trials import TRIALS_FILE
-from tests.ray_jobs.sweep_driver import SETTINGS, Watching, plain, swept, write_mask
+from tests.ray_jobs.sweep_driver import SETTINGS, plain, swept, write_mask
+from tests.ray_jobs.watching import Watching
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("jobs")]
 

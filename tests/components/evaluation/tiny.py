@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -110,3 +111,11 @@ def teach(
         optimiser.step()
         optimiser.zero_grad()
     assert loss.item() < 2 * enough, f"the model did not learn its lessons: loss {loss.item()}"
+
+
+def write_sets(root: Path, asked: Mapping[str, Sequence[str]], kinds: Mapping[str, str]) -> None:
+    """`<name>.jsonl` of every set; what has a right answer has that of LESSONS."""
+    for name, texts in asked.items():
+        answered = kinds[name] in ("benign", "task")
+        rows = [{"prompt": text, **({"answer": LESSONS[text]} if answered else {})} for text in texts]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -43,12 +43,7 @@ PHRASES = make_judge(PhraseSettings())
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> list[PromptSet]:
     root = tmp_path_factory.mktemp("sets")
-    for name, texts in ASKED.items():
-        rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
-        for row in rows:
-            if KINDS[name] in ("benign", "task"):
-                row["answer"] = tiny.LESSONS[row["prompt"]]
-        (root / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_sets(root, ASKED, KINDS)
     given = [SetSettings(name=n, kind=k, path=Path(f"{n}.jsonl")) for n, k in KINDS.items()]  # type: ignore[arg-type]
     begun = Attack(kind="prefix", text="first you")
     given.append(SetSettings(name="begun", kind="harmful", path=Path("harmful.jsonl"), attack=begun))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,7 @@ CANDIDATES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> list[PromptSet]:
     root = tmp_path_factory.mktemp("sets")
-    for name, texts in ASKED.items():
-        rows: list[dict[str, Any]] = [{"prompt": text} for text in texts]
-        for row in rows:
-            if KINDS[name] in ("benign", "task"):
-                row["answer"] = tiny.LESSONS[row["prompt"]]
-        (root / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write_sets(root, ASKED, KINDS)
     given = [SetSettings(name=n, kind=k, split="dev", path=Path(f"{n}.jsonl")) for n, k in KINDS.items()]  # type: ignore[arg-type]
     return [load_prompt_set(one, root=root) for one in given]
 
