@@ -174,10 +174,9 @@ def _by_actors(sweeping: Any, state: Path) -> float:
 def _volume(sweeping: Any, scored: Sequence[Any], counts: dict[str, int]) -> float:
     """That the front of those beats which were asked everything."""
     from components.sweeps.front import hypervolume, reference_of
-    from components.sweeps.result import is_full
 
     objectives = sweeping.sweep.objectives
-    return hypervolume([one.losses(objectives) for one in scored if is_full(one, counts)], reference_of(objectives))
+    return hypervolume([one.losses(objectives) for one in scored if one.is_full(counts)], reference_of(objectives))
 
 
 def _no_worse(one: Any, other: Any, sweeping: Any) -> bool:

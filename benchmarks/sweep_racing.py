@@ -72,7 +72,7 @@ def _raced(name: str, options: argparse.Namespace, kept: Path) -> dict[str, Any]
     for kind, some in kinds.items():
         found[kind] = {}
         for rule in _RULES if len(some) > 1 else ():
-            ran = [race(some, rule, order, first=kind == "all") for order in range(options.orders)]
+            ran = [race(some, rule, order, own=2 if kind == "all" else 0) for order in range(options.orders)]
             shares, volumes = [one["share"] for one in ran], [one["volume"] for one in ran]
             same = sum(one["same"] for one in ran)
             found[kind][rule] = {"same": same, "median": median(shares), "most": max(shares), "volume": min(volumes)}
@@ -84,33 +84,39 @@ def _raced(name: str, options: argparse.Namespace, kept: Path) -> dict[str, Any]
     return found
 
 
-def race(scored: Sequence[Scored], rule: Any, order: int, *, first: bool) -> dict[str, Any]:
-    """One race over what is known, candidates and prompts mixed by `order`; `first`: the first one stays the first. It is asked
-    everything, as the run's own settings are."""
+def race(scored: Sequence[Scored], rule: Any, order: int, *, own: int) -> dict[str, Any]:
+    """One race over what is known, candidates and prompts mixed by `order`. The first `own` are the run's own settings: they
+    stay the first, are asked everything, and the others are held against them, as a sweep does. Without them the first one is
+    asked everything all the same, for nobody is there who could stop it."""
     from components.sweeps.front import best, hypervolume, reference_of
     from components.sweeps.racing import Race
+    from components.sweeps.result import usual_of
     from components.sweeps.settings import DEFAULT_OBJECTIVES as OBJECTIVES
+    from components.sweeps.settings import SweepSettings
     from components.sweeps.trials import Scored
 
     prompts = {name: len(hits) for name, hits in scored[0].hits.items()}
     mixed = [_mixed(one, order) for one in scored]
-    rest = mixed[1:] if first else mixed
+    rest = mixed[own:]
     random.Random(order).shuffle(rest)
-    full = [mixed[0], *rest] if first else rest
+    full = [*mixed[:own], *rest]
+    sweep = SweepSettings(pick=rule)
+    usual = usual_of(full[:own], [one.candidate for one in full[:own]], sweep, prompts)
     racing = Race(OBJECTIVES, prompts, pick=rule)
-    done, spent = [full[0]], sum(prompts.values())
-    for one in full[1:]:
+    given = max(own, 1)
+    done, spent = full[:given], given * sum(prompts.values())
+    for one in full[given:]:
         asked: dict[str, int] = {}
         found = one
         while (sample := racing.next_sample(asked)) is not None:
             asked = sample
             found = Scored(one.candidate, {name: hits[: asked.get(name, 0)] for name, hits in one.hits.items()})
-            if racing.verdict(found, done, full[0]) is not None:
+            if racing.verdict(found, done, usual) is not None:
                 break
         spent += sum(asked.values())
         done.append(found)
-    finished = [one for one in done if racing.is_full(one)]
-    winner, wanted = (some[best(some, OBJECTIVES, rule, full[0])] for some in (finished, full))
+    finished = [one for one in done if one.is_full(prompts)]
+    winner, wanted = (some[best(some, OBJECTIVES, rule, usual)] for some in (finished, full))
     left, whole = (
         hypervolume([o.losses(OBJECTIVES) for o in some], reference_of(OBJECTIVES)) for some in (finished, full)
     )

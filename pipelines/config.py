@@ -71,7 +71,7 @@ class RunConfig(Section):
     landscape: LandscapeSection | None = None
     """How safe models stay as their weights move: drawn and scored (VISAGE) where the section is there."""
     sweep: SweepSettings | None = None
-    """Which settings `realign sweep` tries; a run does nothing with it."""
+    """Which settings `realign sweep` tries. All that a run does with it is to load `unaligned` where a method needs it."""
     gate: Annotated[tuple[Requirement, ...], Field(min_length=1)] | None = None
     """What the selected form of every realigned model must show. A run whose gate is shut for one ends with status 3."""
     tracking: TrackingSection = TrackingSection()

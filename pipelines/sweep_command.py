@@ -7,13 +7,12 @@ import io
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from components.errors import ConfigError, EvaluationError, GateError, RealignError, TrackingError
+from components.errors import ConfigError, EvaluationError, GateError, RealignError, StorageError, TrackingError
 from components.evaluation.execution import EvaluationExecution
-from components.leases import acquire
+from components.leases import Lease, LeaseLost, acquire, try_acquire
 from components.reporting.schema import Interval, read_summary
 from components.storage import Workspace, storage_errors, write_atomic
 from components.sweeps.result import SweepResult, sweep_result
@@ -25,7 +24,7 @@ from pipelines.driver import RunState, run_stages
 from pipelines.preflight import require_memory
 from pipelines.roots import find_roots
 from pipelines.run import realign
-from pipelines.sweep_section import sweep_problems
+from pipelines.sweep_section import defaults_of, sweep_problems
 from pipelines.sweep_text import front_lines, lines_against_own
 from pipelines.sweep_tracking import track_sweep
 from pipelines.sweep_winner import TUNED, tuned_yaml
@@ -44,7 +43,6 @@ def sweep_command(
     `trials`, `actors`: in place of the config's. Raises RealignError for what keeps all of it from starting, and where no
     target could be swept; GateError as `realign` does.
     """
-    started = time.time()
     config = _with_section(load_config(path), path, trials)
     workspace = Workspace(root or Path("runs") / config.name)
     workspace.prepare()
@@ -58,7 +56,7 @@ def sweep_command(
     sys.stdout.write("".join(f"{one}\n" for one in written.values()))
     try:
         artifacts = [one for name, one in written.items() if name != TUNED]
-        track_sweep(config, workspace.root, results, started_ms=int(started * 1000), artifacts=artifacts)
+        track_sweep(config, workspace.root, results, artifacts=artifacts)
     except TrackingError as error:
         failed.append(f"tracking: {error}")
     for line in failed:
@@ -130,21 +128,21 @@ def _default_actors(config: RunConfig, sweeping: Sweeping) -> int:
 
 
 def _swept(one: Target, how: EvaluationExecution, config: RunConfig) -> SweepResult:
-    """A target's candidates, tried by one process at a time in a workspace."""
-    with storage_errors(one.directory):
-        one.directory.mkdir(parents=True, exist_ok=True)
-        lease = acquire(one.directory / ".lease", done=lambda: False)
-    assert lease is not None
+    """A target's candidates, tried by one process at a time in a workspace. Raises StorageError when another one took over."""
     sweeping = one.sweeping
-    with lease:
-        scored = sweep_target(
-            sweeping,
-            how,
-            state_dir=one.directory,
-            earlier=one.earlier,
-            keep_going=lease.check,
-            progress=teller(one.name, "candidates"),
-        )
+    with _lease(one) as lease:
+        started_ms = one.started_ms()
+        try:
+            scored = sweep_target(
+                sweeping,
+                how,
+                state_dir=one.directory,
+                earlier=one.earlier,
+                keep_going=lease.check,
+                progress=teller(one.name, "candidates"),
+            )
+        except LeaseLost as error:
+            raise StorageError(f"{error}, for this one was silent too long; sweep again to go on") from error
     return sweep_result(
         one.name,
         scored,
@@ -152,15 +150,27 @@ def _swept(one: Target, how: EvaluationExecution, config: RunConfig) -> SweepRes
         defaults=sweeping.defaults,
         own=sweeping.own,
         prompts={name: len(asked) for name, asked in sweeping.questions.items()},
+        started_ms=started_ms,
         confidence=config.evaluation.confidence,
         interval=config.evaluation.interval,
     )
 
 
+def _lease(one: Target) -> Lease:
+    """Of a target's candidates; while another process sweeps them this one waits, and says so."""
+    path = one.directory / ".lease"
+    with storage_errors(one.directory):
+        lease = try_acquire(path)
+        if lease is None:
+            sys.stderr.write(f"realign: {one.name}: another process sweeps it in this workspace; waiting for its end\n")
+            lease = acquire(path, done=lambda: False)
+    assert lease is not None
+    return lease
+
+
 def _write(state: RunState, results: Mapping[str, SweepResult]) -> dict[str, Path]:
     """Everything that is to be kept, by file name. Raises StorageError."""
     from components.reporting.sweep_plot import write_front
-    from pipelines.sweep_section import defaults_of
 
     out = state.workspace.root / SWEEPS
     tuned = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from components.reporting.rows import compact
 from components.reporting.schema import Difference, FinetuneSummary, RunSummary, shown_models
-from components.sweeps.result import Entry, SweepResult, candidate_text, demand_of
+from components.sweeps.result import Entry, SweepResult, asked_share, candidate_text, demand_of
 from components.sweeps.settings import Objective
 
 
@@ -32,10 +32,9 @@ def _row(one: Entry, objectives: Sequence[Objective], result: SweepResult) -> tu
 
 def _told(result: SweepResult) -> str:
     stopped = sum(one["stopped"] is not None for one in result["trials"])
-    share = result["prompts"]["asked"] / max(result["prompts"]["all"], 1)
     return (
-        f"{len(result['trials'])} candidates, {stopped} stopped early; {share:.0%} of all prompts asked; the front on dev sets "
-        f"(percent, hypervolume {result['hypervolume']:.3f}, ★ picked by {result['pick']})"
+        f"{len(result['trials'])} candidates, {stopped} stopped early; {asked_share(result):.0%} of all prompts asked; "
+        f"the front on dev sets (percent, hypervolume {result['hypervolume']:.3f}, ★ picked by {result['pick']})"
     )
 
 

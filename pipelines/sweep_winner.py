@@ -14,8 +14,9 @@ TUNED = "tuned.yaml"
 
 
 def tuned_yaml(config: RunConfig, tuned: Mapping[str, Tuning]) -> str:
-    """The config, its paths absolute, with settings of its own for each finetune or merge in `tuned`, which are then served."""
-    data = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    """The config, its paths absolute and without the sweep, with settings of its own for each finetune or merge in `tuned`,
+    which are then served."""
+    data = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"sweep"})
     fusion = data.setdefault("fusion", {})
     fusion["tuned"] = {**fusion.get("tuned", {}), **{name: _written(one) for name, one in tuned.items()}}
     if config.fusion.select in ("soft", "binary"):

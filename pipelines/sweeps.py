@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.errors import ConfigError, EvaluationError, StorageError
+from components.errors import EvaluationError, StorageError
 from components.evaluation.judges.settings import semantics_and_execution
 from components.evaluation.prompts import load_prompt_set
 from components.evaluation.settings import EvaluationSettings
 from components.records import Record
+from components.storage import storage_errors, write_atomic
 from components.sweeps.front import pareto_front
-from components.sweeps.space import tuning_of
 from components.sweeps.trials import (
     TRIALS_FILE,
     Candidate,
@@ -27,7 +28,7 @@ from pipelines.driver import RunState
 from pipelines.graph import Node
 from pipelines.specs import place_of
 from pipelines.sweep_section import OWN, defaults_of, dev_sets, settings_of, space_of
-from ray_jobs.sweep_trials import Sweeping
+from ray_jobs.sweep_trials import Sweeping, in_space
 
 SWEEPS = "sweeps"
 """The folder in a workspace."""
@@ -46,6 +47,18 @@ class Target:
     """Where its candidates are kept."""
     earlier: list[Candidate]
     """What did well on other prompts."""
+
+    def started_ms(self) -> int:
+        """When the first try of its candidates began, since the epoch: now, where none has. One process at a time. Raises
+        StorageError."""
+        path = self.directory / "started"
+        with storage_errors(path):
+            if not path.exists():
+                write_atomic(path, f"{int(time.time() * 1000)}\n")
+            said = path.read_text()
+        if not said.strip().isdecimal():
+            raise StorageError(f"{path}: not a time in milliseconds; remove it")
+        return int(said)
 
 
 def is_needed(node: Node) -> bool:
@@ -118,19 +131,11 @@ def _earlier(folder: Path, models: str, whole: str, sweeping: Sweeping) -> list[
         if path.parent.name == whole:
             continue
         try:
-            scored = [one for one in read_trials(path) if one.stopped is None and _possible(one.candidate, sweeping)]
+            scored = [one for one in read_trials(path) if one.stopped is None and in_space(one.candidate, sweeping)]
         except StorageError:
             continue
         found |= {candidate_key(one.candidate): one.candidate for one in _front(scored, sweeping) if one.candidate}
     return list(found.values())[: sweeping.sweep.trials // _EARLIER_SHARE]
-
-
-def _possible(candidate: Candidate, sweeping: Sweeping) -> bool:
-    try:
-        tuning_of(candidate, sweeping.defaults)
-    except ConfigError:  # it said how it differs from other settings
-        return False
-    return True
 
 
 def _front(scored: list[Scored], sweeping: Sweeping) -> list[Scored]:

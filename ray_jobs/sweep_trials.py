@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.errors import CheckpointError, EvaluationError
+from components.errors import CheckpointError, ConfigError, EvaluationError
 from components.evaluation.execution import EvaluationExecution
 from components.evaluation.judges import make_judge
 from components.evaluation.judges.settings import JudgeExecution
@@ -17,9 +17,9 @@ from components.evaluation.prompts import PromptSet
 from components.evaluation.settings import EvaluationSettings
 from components.storage import Progress, storage_errors, write_atomic
 from components.sweeps.racing import Race
-from components.sweeps.result import is_full, usual_of
+from components.sweeps.result import usual_of
 from components.sweeps.settings import Space, SweepSettings
-from components.sweeps.space import Tuning, tuning_of
+from components.sweeps.space import Tuning, expressed, tuning_of
 from components.sweeps.study import Study
 from components.sweeps.trials import TRIALS_FILE, Candidate, Scored, append_trial, candidate_key, read_trials
 from ray_jobs.actors import lost_errors
@@ -152,22 +152,34 @@ class Try:
     candidate: Candidate
     against: Against | None
     """What was known when it was given out; None of one that is asked everything."""
+    own: bool = False
+    """Whether it is one of the run's own settings, with which the models themselves are at fault where it cannot be fused."""
 
     def do(self, trying: Trying, keep_going: KeepGoing | None = None) -> Scored:
         """What became of it. Weights that are not finite end a candidate, not the sweep."""
         try:
             return trying.scored(self.candidate, self.against, keep_going)
         except CheckpointError as error:
-            if self.against is None:
-                raise  # of the run's own settings: the models themselves are at fault
+            if self.own:
+                raise
             return Scored(self.candidate, {}, f"cannot be fused: {str(error).splitlines()[0]}")
+
+
+def in_space(candidate: Candidate, sweeping: Sweeping) -> bool:
+    """Whether the sweep's space has its settings."""
+    try:
+        tuning = tuning_of(candidate, sweeping.defaults)
+    except ConfigError:  # it said how it differs from other settings
+        return False
+    return expressed(tuning, sweeping.space, sweeping.defaults) is not None
 
 
 class SweepCourse:
     """A target's sweep, and what is known of it on disk, of which nothing is tried twice.
 
     Every result is added to a file in `state_dir` as it comes. What was stopped there under another rule, and may win under
-    this one, is tried again. `earlier`: candidates that did well on other prompts, tried after the run's own.
+    this one, is tried again; what lies outside of the space stays there and counts for nothing. `earlier`: candidates that did
+    well on other prompts, tried after the run's own.
     """
 
     def __init__(
@@ -186,6 +198,8 @@ class SweepCourse:
             known = read_trials(self._path)
             # Written anew: what is added goes behind whole lines.
             write_atomic(self._path, "".join(one.to_json() + "\n" for one in known))
+        known = [one for one in known if one.candidate in self._own or in_space(one.candidate, sweeping)]
+        self._places = {candidate_key(one.candidate): place for place, one in enumerate(known)}
         race = race_of(sweeping.sweep, self._prompts)
         reopened = [one.candidate for one in known if one.stopped is not None and self._goes_on(one, known, race)]
         again = set(map(candidate_key, reopened))
@@ -199,15 +213,19 @@ class SweepCourse:
             known=self._scored.values(),
         )
         self._waiting = deque(one for one in self._own if candidate_key(one) not in self._scored)
-        self._waiting += [one for one in (*reopened, *earlier) if one not in self._own and not self._study.seen(one)]
+        self._waiting += [
+            one
+            for one in (*reopened, *earlier)
+            if one not in self._own and in_space(one, sweeping) and not self._study.seen(one)
+        ]
         self._given_back: deque[Try] = deque()
         self._under_way = 0
         self._used_up = False
 
     @property
     def scored(self) -> list[Scored]:
-        """What became of every candidate, in the order in which they were first told."""
-        return list(self._scored.values())
+        """What became of every candidate, in the order in which they were first told, by whichever process."""
+        return sorted(self._scored.values(), key=lambda one: self._places[candidate_key(one.candidate)])
 
     @property
     def finished(self) -> bool:
@@ -231,7 +249,9 @@ class SweepCourse:
         with storage_errors(self._path):
             append_trial(self._path, found)
         self._under_way -= 1
-        self._scored[candidate_key(found.candidate)] = found
+        key = candidate_key(found.candidate)
+        self._places.setdefault(key, len(self._places))
+        self._scored[key] = found
         self._study.tell(found)
         if self._progress is not None:
             self._progress({"done": len(self._scored), "total": self._sweep.trials})
@@ -239,15 +259,18 @@ class SweepCourse:
     def _new(self) -> Try | None:
         if len(self._scored) + self._under_way >= self._sweep.trials:
             return None
+        ours = bool(self._waiting) and self._waiting[0] in self._own
+        if self._sweep.racing and not ours and any(candidate_key(one) not in self._scored for one in self._own):
+            return None  # a race is held against the run's own settings, which another process is still trying
         candidate = self._waiting.popleft() if self._waiting else self._study.ask()
         if candidate is None:
             self._used_up = True
             return None
-        raced = self._sweep.racing and candidate not in self._own
-        return Try(candidate, self._against(self._scored.values()) if raced else None)
+        raced = self._sweep.racing and not ours
+        return Try(candidate, self._against(self._scored.values()) if raced else None, ours)
 
     def _against(self, scored: Iterable[Scored]) -> Against:
-        full = [one for one in scored if is_full(one, self._prompts)]
+        full = [one for one in scored if one.is_full(self._prompts)]
         return full, usual_of(full, self._own, self._sweep, self._prompts)
 
     def _goes_on(self, one: Scored, known: Sequence[Scored], race: Race) -> bool:

@@ -63,10 +63,6 @@ class Race:
         first = [one for one in round_ if one.demand is not None] or round_
         return {**asked, **{one.name: ahead[one.name] for one in first}}
 
-    def is_full(self, scored: Scored) -> bool:
-        """Whether it was asked everything."""
-        return all(len(scored.hits.get(name, "")) == count for name, count in self._prompts.items())
-
     def least_losses(self, scored: Scored) -> tuple[float, ...]:
         """What a candidate will have lost at least, objective by objective; all together with the stated confidence."""
         return tuple(self._least(one, scored.hits.get(one.name, "")) for one in self._objectives)
@@ -83,7 +79,7 @@ class Race:
         objective as good as its least losses; and where these are out of the leader's reach, if a full one is in every
         objective as good or worse by no more than the tolerance: then the front loses no more than that.
         """
-        full = [one for one in others if self.is_full(one)]
+        full = [one for one in others if one.is_full(self._prompts)]
         if not full:
             return None
         least = self.least_losses(scored)

@@ -48,6 +48,8 @@ class SweepResult(TypedDict):
     """Of the front, from the demands on: how much of what would keep them it beats."""
     seconds: dict[str, float]
     """`fuse` and `score`, summed over candidates."""
+    started_ms: int
+    """When the first candidate was tried, since the epoch."""
     notes: list[str]
 
 
@@ -59,12 +61,13 @@ def sweep_result(
     defaults: Tuning,
     own: Sequence[Candidate],
     prompts: Mapping[str, int],
+    started_ms: int = 0,
     confidence: float = 0.95,
     interval: IntervalMethod = "wilson",
 ) -> SweepResult:
     """`prompts`: `Objective.name` -> how many there are. Raises EvaluationError where no candidate was asked everything."""
     objectives = sweep.objectives
-    full = [(i, one) for i, one in enumerate(scored) if is_full(one, prompts)]
+    full = [(i, one) for i, one in enumerate(scored) if one.is_full(prompts)]
     if not full:
         raise EvaluationError(f"sweep of {name}: no candidate was asked every prompt; nothing can be picked")
     usual = usual_of(scored, own, sweep, prompts)
@@ -94,6 +97,7 @@ def sweep_result(
         prompts={"asked": asked, "all": len(scored) * sum(prompts.values())},
         hypervolume=hypervolume(losses, reference_of(objectives)),
         seconds={key: round(sum(one.seconds.get(key, 0.0) for one in scored), 3) for key in ("fuse", "score")},
+        started_ms=started_ms,
         notes=_notes(picked, objectives, own, defaults),
     )
 
@@ -102,13 +106,8 @@ def usual_of(
     scored: Sequence[Scored], own: Sequence[Candidate], sweep: SweepSettings, prompts: Mapping[str, int]
 ) -> Scored | None:
     """The best of the run's own settings, as far as they were asked everything."""
-    found = [one for one in scored if one.candidate in own and is_full(one, prompts)]
+    found = [one for one in scored if one.candidate in own and one.is_full(prompts)]
     return found[best(found, sweep.objectives, sweep.pick, None, tolerance=sweep.tolerance)] if found else None
-
-
-def is_full(one: Scored, prompts: Mapping[str, int]) -> bool:
-    """Whether a candidate was asked everything."""
-    return all(len(one.hits.get(name, "")) == count for name, count in prompts.items())
 
 
 def _short(one: Scored, objectives: Sequence[Objective]) -> dict[str, Any]:
@@ -120,11 +119,16 @@ def _notes(picked: Entry, objectives: Sequence[Objective], own: Sequence[Candida
     notes = []
     if not picked["meets"]:
         demands = ", ".join(f"{o.name} {demand_of(o)}" for o in objectives if o.demand is not None)
-        notes.append(f"no candidate meets every demand ({demands}); the safest was picked")
+        notes.append(f"no candidate meets every demand ({demands}); the one that misses them by the least was picked")
     best = tuning_of(picked["candidate"], defaults)
     if any(same_tuning(best, tuning_of(one, defaults)) for one in own):
         notes.append("the run's own settings were picked: nothing that was tried is better")
     return notes
+
+
+def asked_share(result: SweepResult) -> float:
+    """Of the prompts that asking every candidate everything would have taken."""
+    return result["prompts"]["asked"] / max(result["prompts"]["all"], 1)
 
 
 def demand_of(objective: Objective) -> str:

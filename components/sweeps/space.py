@@ -141,35 +141,23 @@ class _Given:
 
     def __init__(self, values: Candidate) -> None:
         self._values = values
-        self.asked: dict[str, dict[str, Any]] = {}
-        """Key -> what optuna's distribution of it is made with."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return float(self._number(name, low, high, log))
+        return float(self._number(name, low, high))
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        return int(self._number(name, low, high, log))
+        return int(self._number(name, low, high))
 
     def suggest_categorical(self, name: str, choices: Sequence[Value]) -> Value:
-        self.asked[name] = {"choices": list(choices)}
         if name not in self._values or self._values[name] not in choices:
             raise _OutsideError(name)
         return self._values[name]
 
-    def _number(self, name: str, low: float, high: float, log: bool) -> float:
+    def _number(self, name: str, low: float, high: float) -> float:
         value = self._values.get(name)
         if isinstance(value, str) or value is None or not low <= value <= high:
             raise _OutsideError(name)
-        self.asked[name] = {"low": low, "high": high, "log": log}
         return value
-
-
-def fits(candidate: Candidate, space: Space, defaults: Tuning) -> bool:
-    """Whether the space has it."""
-    try:
-        return suggest(space, _Given(candidate), defaults) == candidate
-    except _OutsideError:
-        return False
 
 
 def expressed(tuning: Tuning, space: Space, defaults: Tuning) -> Candidate | None:
@@ -213,18 +201,3 @@ def _values(settings: BaseModel, prefix: str) -> Candidate:
         elif isinstance(value, tuple | dict):
             found |= {f"{prefix}{field}.{name}": one for name, one in dict(value).items() if isinstance(one, float)}
     return found
-
-
-def distributions(candidate: Candidate, space: Space, defaults: Tuning) -> dict[str, Any]:
-    """optuna's distribution of each key of a candidate that `fits`, those left out that have one value: what
-    `optuna.trial.create_trial` takes beside them."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    trial = _Given(candidate)
-    suggest(space, trial, defaults)
-    return {
-        key: CategoricalDistribution(**asked)
-        if "choices" in asked
-        else (IntDistribution if key in WHOLE else FloatDistribution)(**asked)
-        for key, asked in trial.asked.items()
-    }

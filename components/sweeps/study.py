@@ -85,11 +85,11 @@ class Study:
         trial = self._trials.pop(key, None) or self._placed(scored.candidate)
         if trial is None:
             return
-        for one in self._objectives:
-            if one.demand is not None and scored.hits.get(one.name):
-                trial.set_constraint(one.name, one.loss(scored.rate(one)) - one.most_loss)
         # Nothing is known of an objective that was not come to, only that the candidate was stopped: so it has the worst.
         losses = [one.loss(scored.rate(one)) if scored.hits.get(one.name) else 1.0 for one in self._objectives]
+        for one, loss in zip(self._objectives, losses, strict=True):
+            if one.demand is not None:  # of every trial: a sampler takes no trials with fewer constraints than others
+                trial.set_constraint(one.name, loss - one.most_loss)
         self._study.tell(trial, losses)
 
     def _placed(self, candidate: Candidate) -> Any:

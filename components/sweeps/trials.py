@@ -43,6 +43,10 @@ class Scored:
         """`Objective.loss` of each: less is better."""
         return tuple(one.loss(self.rate(one)) for one in objectives)
 
+    def is_full(self, prompts: Mapping[str, int]) -> bool:
+        """Whether it was asked everything. `prompts`: `Objective.name` -> how many there are."""
+        return all(len(self.hits.get(name, "")) == count for name, count in prompts.items())
+
     def to_json(self) -> str:
         """One line, without its end. Keys keep their order."""
         return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
@@ -56,6 +60,11 @@ class Scored:
 def candidate_key(candidate: Candidate) -> str:
     """One text for one candidate, by which it is found again."""
     return canonical_json([[key, value] for key, value in candidate.items()])
+
+
+def candidate_id(candidate: Candidate) -> str:
+    """A short name for one candidate, the same wherever it stands among others."""
+    return _digest(candidate_key(candidate))
 
 
 def models_identity(parents: Mapping[str, str]) -> str:

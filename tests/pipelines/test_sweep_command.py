@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from components.leases import try_acquire
 from components.reporting.schema import read_summary
 from components.tracking import default_uri
 from pipelines.config import load_config
@@ -86,7 +87,7 @@ def test_no_candidate_left_a_checkpoint(swept: Swept) -> None:
     assert len(fused) <= 3
     assert len(fused) < len(found["trials"])
     kept = [path.name for path in (swept.workspace / "sweeps").rglob("*") if path.is_file()]
-    assert sorted(kept) == ["front.csv", "sweep.json", "trials.jsonl", "tuned.yaml", "zh.png"]
+    assert sorted(kept) == ["front.csv", "started", "sweep.json", "trials.jsonl", "tuned.yaml", "zh.png"]
 
 
 def test_the_front_stands_in_files_and_in_mlflow(swept: Swept) -> None:
@@ -108,6 +109,22 @@ def test_the_front_stands_in_files_and_in_mlflow(swept: Swept) -> None:
     assert len(below) == len(found["front"])
     assert top.data.metrics["zh/picked/dev/asr"] == found["picked"]["rates"]["asr"]["value"]
     assert {"front.csv", "sweep.json", "zh.png"} <= {one.path for one in client.list_artifacts(top.info.run_id)}
+
+
+def test_a_second_sweep_waits_says_so_and_writes_nothing_in_mlflow_that_is_there(swept: Swept) -> None:
+    store = swept.workspace / "mlflow.db"
+    before = store.read_bytes()
+    [state] = [path.parent for path in (swept.workspace / "sweeps" / "zh").glob("*/trials.jsonl")]
+    command = [sys.executable, "-m", "pipelines.cli", "sweep", str(swept.path), "--workspace", str(swept.workspace)]
+    with try_acquire(state / ".lease") as lease:  # type: ignore[union-attr]
+        second = subprocess.Popen([*command, "--actors", "1", "--only"], stderr=subprocess.PIPE, text=True)
+        assert second.stderr is not None
+        said = next(line for line in second.stderr if "waiting" in line)
+        lease.check()
+    _, rest = second.communicate(timeout=120)
+    assert said == "realign: zh: another process sweeps it in this workspace; waiting for its end\n"
+    assert second.returncode == 2, rest  # for the broken one
+    assert store.read_bytes() == before
 
 
 def test_going_on_tries_only_what_is_new_and_other_prompts_begin_with_what_did_well(swept: Swept) -> None:

@@ -119,7 +119,8 @@ def test_what_was_found_is_the_same_config_with_it(place: Path) -> None:  # noqa
     assert found.fusion.tuned["zh"].fusion == tuning.fusion
     assert found.fusion.select == "auto"
     assert found.fusion.max_asr == 0.1
-    same = found.model_copy(update={"fusion": config.fusion})
+    assert found.sweep is None
+    same = found.model_copy(update={"fusion": config.fusion, "sweep": config.sweep})
     assert same == config
     # As people write it: patterns in their order, nothing that nobody chose.
     written = yaml.safe_load((elsewhere / "tuned.yaml").read_text())["fusion"]["tuned"]["zh"]

@@ -70,7 +70,7 @@ def sweeping(directory: Path, **more: Any) -> Sweeping:
         sets=tuple(load_prompt_set(one) for one in sets),
         evaluation=EvaluationSettings(max_new_tokens=12),
         sweep=more.pop("sweep", SETTINGS),
-        space=SETTINGS.space,
+        space=more.pop("space", SETTINGS.space),
         defaults=Tuning(fusion=FusionSettings(method="masked", form="soft")),
         own=({}, {"form": "binary"}),
         batch_size=64,
@@ -85,7 +85,8 @@ def plain(scored: list[Scored]) -> dict[str, Any]:
 
 def swept(directory: Path, actors: int, state: str, **more: Any) -> list[Scored]:
     execution = EvaluationExecution(actors=actors, max_losses=more.pop("losses", 0))
-    asked = sweeping(directory, sweep=more.pop("sweep", SETTINGS))
+    asked = sweeping(directory, sweep=more.pop("sweep", SETTINGS), space=more.pop("space", SETTINGS.space))
+    asked = replace(asked, own=more.pop("own", asked.own))
     return sweep_target(asked, execution, state_dir=directory / state, **more)
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from components.sweeps.settings import Objective
-from components.sweeps.trials import TRIALS_FILE
-from tests.ray_jobs.sweep_driver import SETTINGS, plain, swept, write_mask
+from components.errors import CheckpointError
+from components.sweeps.settings import Objective, Range
+from components.sweeps.trials import TRIALS_FILE, Scored, candidate_key
+from ray_jobs.sweep_trials import SweepCourse
+from tests.ray_jobs.sweep_driver import SETTINGS, plain, sweeping, swept, write_mask
 from tests.ray_jobs.watching import Watching
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("jobs")]
@@ -101,10 +103,57 @@ def test_what_did_well_elsewhere_is_tried_after_the_runs_own(place: Path) -> Non
     assert [one.candidate for one in found[:3]] == [{}, {"form": "binary"}, earlier[0]]
 
 
-def test_weights_that_are_not_finite_end_a_candidate_and_not_the_sweep(place: Path) -> None:
+@pytest.mark.parametrize("racing", [True, False])
+def test_weights_that_are_not_finite_end_a_candidate_and_not_the_sweep(place: Path, racing: bool) -> None:
     huge = {"scale": 1e39}
-    found = swept(place, 1, "huge", earlier=[huge], sweep=SETTINGS.model_copy(update={"trials": 4}))
+    wide = {**SETTINGS.space, "scale": Range(low=0.3, high=1e40, log=True)}
+    few = SETTINGS.model_copy(update={"trials": 4, "racing": racing})
+    found = swept(place, 1, f"huge {racing}", earlier=[huge], sweep=few, space=wide)
     [one] = [one for one in found if one.candidate == huge]
     assert one.stopped is not None
     assert one.stopped.startswith("cannot be fused: ")
     assert len(found) == 4
+
+
+def test_the_runs_own_settings_that_cannot_be_fused_end_the_sweep(place: Path) -> None:
+    with pytest.raises(CheckpointError, match="float32 overflows"):
+        swept(place, 1, "own", own=({"scale": 1e39},))
+
+
+def test_what_was_tried_outside_of_the_space_counts_for_nothing(place: Path) -> None:
+    """A space that is changed between two sweeps of the same prompts: the file keeps all, the course what the space has."""
+    first = swept(place, 1, "spaces")
+    narrow = {**SETTINGS.space, "method": ("interpolation",), "alpha": Range(low=0, high=0.5)}
+    found = swept(place, 1, "spaces", space=narrow)
+    assert len(found) == SETTINGS.trials
+    alphas = [one.candidate["alpha"] for one in found if one.candidate not in ({}, {"form": "binary"})]
+    assert all(0 <= float(alpha) <= 0.5 for alpha in alphas)
+    outside = [one.candidate for one in first if one.candidate not in [two.candidate for two in found]]
+    assert outside
+    back = swept(place, 1, "spaces")
+    assert plain(back)[candidate_key(outside[0])] == plain(first)[candidate_key(outside[0])]
+
+
+def test_the_others_wait_until_the_runs_own_settings_are_known(place: Path, tmp_path: Path) -> None:
+    """Several processes ask for candidates; what is raced is held against the run's own settings, so these come first."""
+    course = SweepCourse(sweeping(place), tmp_path)
+    own = [course.next(), course.next()]
+    assert all(one is not None and one.own and one.against is None for one in own)
+    assert course.next() is None
+    assert not course.finished
+    told = Scored({}, dict.fromkeys(("asr", "task", "over_refusal"), "0" * 24))
+    course.told(told)
+    assert course.next() is None
+    course.told(Scored({"form": "binary"}, told.hits))
+    raced = course.next()
+    assert raced is not None
+    assert not raced.own
+    assert raced.against is not None
+    assert raced.against[1] == told  # the first of equals
+
+
+def test_candidates_keep_their_places_when_one_is_tried_again(place: Path) -> None:
+    first = [one.candidate for one in swept(place, 1, "places")]
+    free = SETTINGS.model_copy(update={"racing": False})
+    assert [one.candidate for one in swept(place, 1, "places", sweep=free)] == first
+    assert [one.candidate for one in swept(place, 1, "places", sweep=free)] == first

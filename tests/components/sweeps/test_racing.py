@@ -104,8 +104,8 @@ def test_the_tolerance_is_a_share_of_the_range_in_which_an_objective_counts() ->
 def test_only_those_who_were_asked_everything_stop_others() -> None:
     race = Race(DEFAULT_OBJECTIVES, ALL)
     assert race.verdict(part((90, 90, 90), 64), [part((0, 0, 0), 64)], None) is None
-    assert not race.is_full(part((0, 0, 0), 64))
-    assert race.is_full(part((0, 0, 0), 100))
+    assert not part((0, 0, 0), 64).is_full(ALL)
+    assert part((0, 0, 0), 100).is_full(ALL)
 
 
 def test_a_demand_that_is_just_kept_is_kept() -> None:
@@ -128,11 +128,11 @@ def race_out(candidates: list[tuple[int, int, int]], seed: int, confidence: floa
         while (more := race.next_sample(asked)) is not None:
             asked = more
             found = Scored(one.candidate, {name: hits[: asked.get(name, 0)] for name, hits in one.hits.items()})
-            if race.is_full(found) or race.verdict(found, done, full[0]) is not None:
+            if found.is_full(ALL) or race.verdict(found, done, full[0]) is not None:
                 break
         spent += sum(asked.values())
         done.append(found)
-    finished = [one for one in done if race.is_full(one)]
+    finished = [one for one in done if one.is_full(ALL)]
     winner = finished[best(finished, DEFAULT_OBJECTIVES, "skill", full[0])]
     return winner.hits == full[best(full, DEFAULT_OBJECTIVES, "skill", full[0])].hits, (spent / (300 * len(full)))
 

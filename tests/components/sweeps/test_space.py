@@ -12,7 +12,7 @@ from components.fusion.merge_settings import MergeSettings
 from components.fusion.settings import FusionSettings
 from components.sweeps.checking import Given, complete_space, options, space_problems
 from components.sweeps.settings import Range, Space, SweepSettings
-from components.sweeps.space import Tuning, distributions, expressed, fits, same_tuning, suggest, tuning_of
+from components.sweeps.space import Tuning, expressed, same_tuning, suggest, tuning_of
 
 SOFT = Tuning(fusion=FusionSettings(method="masked", form="soft", rescale="mean"))
 MERGE = Tuning(
@@ -128,22 +128,20 @@ def test_the_runs_own_settings_are_a_candidate_where_the_space_has_them() -> Non
     assert expressed(MERGE, {"merge.weights.zh": Range(low=0.8, high=2)}, MERGE) is None
 
 
-def test_other_studies_candidates_are_told_to_optuna_as_its_own() -> None:
+def test_whatever_is_suggested_is_found_again_by_its_settings_and_in_a_wider_space() -> None:
     space = complete_space(space_of(**WIDE), BOTH, SOFT)
-    ran, again = study(), study()
-    for _ in range(40):
-        trial = ran.ask()
-        candidate = suggest(space, trial, SOFT)
-        assert fits(candidate, space, SOFT)
-        found = distributions(candidate, space, SOFT)
-        assert found == trial.distributions
-        params = {key: candidate[key] for key in found}
-        assert params == trial.params
-        again.add_trial(optuna.trial.create_trial(params=params, distributions=found, value=0.0))
-    assert len(again.trials) == 40
-    assert not fits({"method": "interpolation", "alpha": 2.0}, space, SOFT)
-    assert not fits({"method": "masked", "form": "soft"}, space, SOFT)
-    assert not fits({"alpha": 0.5}, space, SOFT)
+    wider, narrower = {**space, "scale": Range(low=0.1, high=3)}, {**space, "scale": Range(low=0.9, high=1)}
+    ran = study()
+    outside = 0
+    for _ in range(80):
+        candidate = suggest(space, ran.ask(), SOFT)
+        tuning = tuning_of(candidate, SOFT)
+        assert expressed(tuning, space, SOFT) == candidate
+        assert expressed(tuning, wider, SOFT) == candidate
+        inside = expressed(tuning, narrower, SOFT)
+        assert inside == (candidate if 0.9 <= float(candidate.get("scale", 1)) <= 1 else None)
+        outside += inside is None
+    assert 0 < outside < 80
 
 
 @pytest.mark.parametrize(

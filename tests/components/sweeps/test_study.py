@@ -32,7 +32,9 @@ def hits(rate: float) -> str:
 
 
 def scored(candidate: Candidate) -> Scored:
-    """A made-up world: safe up to scale 0.8 or α 0.3, more skill the further one goes."""
+    """A made-up world: safe up to scale 0.8 or α 0.3, more skill the further one goes, and some cannot be fused."""
+    if candidate.get("form") == "binary" and float(candidate.get("scale", 1.0)) > 1.4:
+        return Scored(candidate, {}, "cannot be fused: its weights are not finite")
     if candidate.get("method", "masked") == "interpolation":
         alpha = float(candidate["alpha"])
         return Scored(candidate, {"asr": hits(max(0.0, alpha - 0.3)), "task": hits(0.7 * alpha)})
@@ -53,7 +55,11 @@ def sweep(trials: int, **options: Any) -> list[Scored]:
 
 def kept_skill(some: list[Scored]) -> float:
     """The most skill at the demanded safety."""
-    return max((one.rate(OBJECTIVES[1]) for one in some if one.rate(OBJECTIVES[0]) <= 0.05), default=0.0)
+    return max((one.rate(OBJECTIVES[1]) for one in some if safe(one)), default=0.0)
+
+
+def safe(one: Scored) -> bool:
+    return one.stopped is None and one.rate(OBJECTIVES[0]) <= 0.05
 
 
 def test_the_same_seed_suggests_the_same_and_another_seed_something_else() -> None:
@@ -71,13 +77,14 @@ def test_what_it_is_told_leads_it_to_skill_at_the_demanded_safety() -> None:
     assert sum(tpe for tpe, _ in found) > sum(drawn for _, drawn in found)
     late = [one for s in range(5) for one in sweep(50, seed=s)[25:]]
     drawn = [one for s in range(5) for one in sweep(50, seed=s, sampler="random")[25:]]
-    safe = [sum(one.rate(OBJECTIVES[0]) <= 0.05 for one in some) / len(some) for some in (late, drawn)]
-    assert safe[0] > safe[1] + 0.2
+    shares = [sum(map(safe, some)) / len(some) for some in (late, drawn)]
+    assert shares[0] > shares[1] + 0.2
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "gp", "random"])
 def test_every_sampler_stays_in_a_conditional_space(sampler: Sampler) -> None:
     told = sweep(30, sampler=sampler, seed=1)
+    assert any(not one.hits for one in told)
     assert len({str(one.candidate) for one in told}) == 30
     assert {one.candidate["method"] for one in told} == {"masked", "interpolation"}
     assert all(0.5 <= float(one.candidate.get("scale", 1)) <= 1.5 for one in told)
