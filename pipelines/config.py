@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from components.errors import ConfigError
 from components.evaluation.capability.settings import CapabilitySettings, CapabilityTask
@@ -23,7 +24,7 @@ from components.fusion.settings import NEEDS_UNALIGNED
 from components.landscape.settings import RandomAxis, Scan, TowardsAxis
 from components.masks.data import PreferenceData
 from components.masks.zero import MaskExecution
-from components.sweeps.settings import Objective, SweepSettings
+from components.sweeps.settings import WAY, Objective, SweepSettings
 from components.yaml_lines import LocatedYaml, Location
 from pipelines.config_problems import mask_problems, merge_section_problems, track_problems
 from pipelines.landscape_section import LandscapeSection, landscape_problems, visage_problems
@@ -124,7 +125,7 @@ class RunConfig(Section):
         if self.sweep is not None and not problems:
             problems = sweep_problems(self)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise PydanticCustomError(_PROBLEMS, "{said}", {"said": "; ".join(problems), "each": problems})
         return self
 
     def _promotion_problems(self) -> list[str]:
@@ -187,8 +188,7 @@ def load_config(path: Path) -> RunConfig:
     try:
         config = RunConfig.model_validate(data, context={"base": path.resolve().parent})
     except ValidationError as e:
-        for error in e.errors():
-            problems.append((document.line(tuple(error["loc"])), sentence(error)))
+        problems += _located(document, e)
     if problems:
         lines = [f"{path}:{line}: {text}" for line, text in sorted(problems)]
         raise ConfigError("\n".join(lines))
@@ -196,6 +196,8 @@ def load_config(path: Path) -> RunConfig:
 
 
 T = TypeVar("T", bound=BaseModel)
+_PROBLEMS = "problems"
+"""Kind of a finding that is several, each in words."""
 
 
 def load_sections(path: Path, into: type[T]) -> T:
@@ -207,14 +209,31 @@ def load_sections(path: Path, into: type[T]) -> T:
     try:
         return into.model_validate(data, context={"base": path.resolve().parent})
     except ValidationError as error:
-        problems = [(document.line(tuple(one["loc"])), sentence(one)) for one in error.errors()]
+        problems = _located(document, error)
     raise ConfigError("\n".join(f"{path}:{line}: {text}" for line, text in sorted(problems)))
+
+
+def _located(document: LocatedYaml, found: ValidationError) -> list[tuple[int, str]]:
+    """Line and sentence of everything that is wrong."""
+    errors = found.errors()
+    said = []
+    for one in errors:
+        location: Location = tuple(one["loc"])
+        inner = [other["loc"][: len(location)] == location for other in errors if other is not one]
+        if one["type"] == "too_short" and any(inner):
+            continue  # it would be long enough if its parts were right
+        if one["type"] == _PROBLEMS:  # each names the place that it speaks of
+            each = one["ctx"]["each"]
+            said += [(document.line(tuple(problem.partition(": ")[0].split("."))), problem) for problem in each]
+        else:
+            said.append((document.line(location), sentence(one)))
+    return said
 
 
 def sentence(error: Any) -> str:
     """One of pydantic's findings in words."""
     location: Location = tuple(error["loc"])
-    where = ".".join(str(part) for part in location)
+    where = ".".join(str(part) for part in location if not str(part).endswith(WAY))
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key{_suggestion(location)}"
     if error["type"] == "missing":

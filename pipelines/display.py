@@ -42,15 +42,17 @@ class PlainLines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._seen: dict[str, str] = {}
+        self._kept = 0
+        """Not told yet."""
         self._start = time.monotonic()
 
     def __call__(self, nodes: dict[str, NodeState]) -> None:
-        kept, skipped = 0, 0
+        skipped = 0
         for name, state in nodes.items():
             if state.status == self._seen.get(name, "waiting"):
                 continue
             self._seen[name] = state.status
-            kept += state.status == "kept"
+            self._kept += state.status == "kept"
             skipped += state.status == "skipped"
             if state.status in ("kept", "skipped", "running"):  # running may still mean queued: what has ended counts
                 continue
@@ -60,8 +62,9 @@ class PlainLines:
             elif state.error is not None:
                 detail = f": {state.error['message']}"
             self._line(f"{name} {state.status}{detail}")
-        if kept:
-            self._line(f"{kept} {'result was' if kept == 1 else 'results were'} there already")
+        if self._kept and (all(s.ended for s in nodes.values()) or any(s.status == "running" for s in nodes.values())):
+            self._line(f"{self._kept} {'result was' if self._kept == 1 else 'results were'} there already")
+            self._kept = 0
         if skipped:
             self._line(f"{skipped} {'step' if skipped == 1 else 'steps'} skipped: what they need failed")
 

@@ -106,9 +106,12 @@ def run_stages(
     roots: Roots,
     watch: Watcher,
     wanted: Callable[[Node], bool] = lambda node: node.step.kind == "stage",
+    *,
+    noted: bool = True,
 ) -> RunState:
     """Run every stage of the graph that has no record yet, or those that are `wanted`, which must have each other's parents.
-    Failures are in the state that comes back.
+    Failures are in the state that comes back. `noted`: where everything stands is kept for `realign status`; not by one of
+    several that run parts of one run.
 
     Raises StorageError when the workspace cannot be written.
     """
@@ -118,7 +121,8 @@ def run_stages(
         while True:
             for ready in _ready(nodes):
                 _start(ready, state, runner)
-            _note(state)
+            if noted:
+                _note(state)
             watch(nodes)
             if all(s.ended for s in nodes.values()):
                 return state

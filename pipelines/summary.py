@@ -71,14 +71,21 @@ def _model(run: RunState, name: str) -> FinetuneSummary:
 
 
 def _notes(run: RunState, name: str) -> list[str]:
-    """What the finetune's stages have to say, each thing once, and which controls are missing."""
-    records = [s.record for s in run.nodes.values() if s.node.finetune == name and s.record is not None]
+    """What the finetune's stages have to say, each thing once and of which variant, and which controls are missing."""
+    said: dict[str, list[str]] = {}
+    for state in run.nodes.values():
+        if state.node.finetune == name and state.record is not None:
+            for note in state.record.notes:
+                said.setdefault(note, []).append(state.node.step.variant.replace("_", " "))
+    told = [
+        f"{', '.join(filter(None, variants))}: {note}" if any(variants) else note for note, variants in said.items()
+    ]
     owner = run.config.mask_owner(name)
     lent = [f"the mask was trained on {owner}"] if owner != name else []
     whole = any(f.name == name and not f.is_adapter for f in run.config.finetunes)
     lent += ["came as a full model, so it leaves as one: no adapter"] if run.config.fusion.adapter and whole else []
     missing = [f"{_extra(run, what)} is missing: {s.complaint}" for what, s in run.failed_controls(name).items()]
-    return list(dict.fromkeys([*(note for record in records for note in record.notes), *lent, *missing]))
+    return list(dict.fromkeys([*told, *lent, *missing]))
 
 
 def _extra(run: RunState, what: str) -> str:

@@ -51,8 +51,10 @@ def sweep_command(
     if not results:
         raise EvaluationError("nothing was swept:\n" + "\n".join(failed))
     written = _write(state, results)
-    for result in results.values():
+    for name, result in results.items():
         sys.stdout.write("\n".join(front_lines(result)) + "\n\n")
+        if not result["picked"]["meets"]:
+            failed.append(f"{name}: no candidate meets every demand")
     sys.stdout.write("".join(f"{one}\n" for one in written.values()))
     try:
         artifacts = [one for name, one in written.items() if name != TUNED]
@@ -79,7 +81,7 @@ def _prepared(config: RunConfig, workspace: Workspace) -> RunState:
     roots = find_roots(config, workspace.root / ".identities")
     require_memory(config, workspace, roots)
     with progress_display(workspace) as watch:
-        return run_stages(config, workspace, roots, watch, is_needed)
+        return run_stages(config, workspace, roots, watch, is_needed, noted=False)
 
 
 def _swept_all(state: RunState, actors: int | None) -> tuple[dict[str, SweepResult], list[str]]:

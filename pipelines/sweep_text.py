@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from components.reporting.rows import compact
 from components.reporting.schema import Difference, FinetuneSummary, RunSummary, shown_models
-from components.sweeps.result import Entry, SweepResult, asked_share, candidate_text, demand_of
+from components.sweeps.result import Entry, SweepResult, asked_share, candidate_text, demand_of, form_of
 from components.sweeps.settings import Objective
 
 
@@ -17,15 +17,16 @@ def front_lines(result: SweepResult) -> list[str]:
     front = [one["number"] for one in result["front"]]
     others = {one["number"]: one for one in (*result["own"], result["picked"]) if one["number"] not in front}
     for one in (*result["front"], *others.values()):
-        rows.append(_row(one, objectives, result))
+        rows.append(_row(one, objectives, result, on_front=one["number"] in front))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [f"{result['name']}: {_told(result)}", *lines, *(f"{result['name']}: {note}" for note in result["notes"])]
 
 
-def _row(one: Entry, objectives: Sequence[Objective], result: SweepResult) -> tuple[str, ...]:
+def _row(one: Entry, objectives: Sequence[Objective], result: SweepResult, *, on_front: bool) -> tuple[str, ...]:
     picked, own = one["number"] == result["picked"]["number"], one["number"] in [o["number"] for o in result["own"]]
-    text = candidate_text(one["candidate"]) + (" (the run's own)" if own and one["candidate"] else "")
+    text = f"form {form_of(one['candidate'])} (the run's own)" if own else candidate_text(one["candidate"])
+    text += "" if on_front else ", not on the front"
     cells = [compact(one["rates"][objective.name]) for objective in objectives]
     return "★" if picked else "", text, *cells, "yes" if one["meets"] else "no"
 
@@ -34,7 +35,7 @@ def _told(result: SweepResult) -> str:
     stopped = sum(one["stopped"] is not None for one in result["trials"])
     return (
         f"{len(result['trials'])} candidates, {stopped} stopped early; {asked_share(result):.0%} of all prompts asked; "
-        f"the front on dev sets (percent, hypervolume {result['hypervolume']:.3f}, ★ picked by {result['pick']})"
+        f"the front on dev sets, in percent (★ picked by {result['pick']})"
     )
 
 

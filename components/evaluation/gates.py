@@ -71,7 +71,8 @@ class Requirement(BaseModel):
     def __str__(self) -> str:
         what = f"{self.metric} of {self.set}" if self.set else self.metric
         compared = f" compared with {self.than}" if self.than else ""
-        return f"{what}{compared} at {'most' if self.at_most is not None else 'least'} {self.bound:g}"
+        bound = f"{self.bound:g}" if self.metric == VISAGE else f"{100 * self.bound:g} {'points' if self.than else '%'}"
+        return f"{what}{compared} at {'most' if self.at_most is not None else 'least'} {bound}"
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,7 @@ def _finding(
         passed, end, where = high <= requirement.at_most, high, "up to"
     else:
         passed, end, where = low >= requirement.bound, low, "down to"
-    sign = "+" if requirement.than else ""
-    shown, reached = (f"{100 * x:{sign}.1f} %" for x in (value, end))
+    shown, reached = (f"{100 * x:+.1f} points" if requirement.than else f"{100 * x:.1f} %" for x in (value, end))
     verdict = "within" if passed else "beyond"
     reason = f"{shown} of {n} prompts, {where} {reached} ({confidence:.0%} interval): {verdict} the bound"
     return Finding(str(requirement), passed, value, low, high, n, reason)

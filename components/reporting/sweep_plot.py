@@ -44,24 +44,33 @@ def _draw(plane: Any, result: SweepResult, x: Objective, y: Objective) -> None:
     tried = [one["rates"] for one in result["trials"] if x.name in one["rates"] and y.name in one["rates"]]
     plane.scatter(
         [100 * rates[x.name] for rates in tried], [100 * rates[y.name] for rates in tried],
-        s=12, color=GREY, alpha=0.55, linewidths=0, label="tried (stopped ones as far as asked)",
+        s=12, color=GREY, alpha=0.55, linewidths=0, clip_on=False, label="tried (stopped ones as far as asked)",
     )  # fmt: skip
     for entries, marker, size, colour, label in (
-        (result["front"], "o", 34, BLUE, "front"),
-        (result["own"], "D", 42, ORANGE, "the run's own"),
-        ([result["picked"]], "*", 130, VERMILLION, "picked"),
+        # The largest first: several are often one point.
+        (result["front"], "o", 150, BLUE, "front"),
+        (result["own"], "D", 60, ORANGE, "the run's own"),
+        ([result["picked"]], "*", 60, VERMILLION, "picked"),
     ):
         at = [_place(entries, one) for one in (x, y)]
-        plane.scatter(*at, s=size, marker=marker, facecolor=colour, edgecolor="white", linewidths=0.7, label=label)
+        plane.scatter(
+            *at, s=size, marker=marker, facecolor=colour, edgecolor="white", linewidths=0.7, clip_on=False, label=label
+        )
     for objective, line in ((x, plane.axvline), (y, plane.axhline)):
         if objective.demand is not None:
             line(100 * objective.demand, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
     plane.set_xlabel(_label(x))
     plane.set_ylabel(_label(y))
-    if x.grows:
-        plane.invert_xaxis()
-    if y.grows:
-        plane.invert_yaxis()
+    for objective, limits in ((x, plane.set_xlim), (y, plane.set_ylim)):
+        limits(_ends(result, objective))
+
+
+def _ends(result: SweepResult, objective: Objective) -> tuple[float, float]:
+    """From the best rate there can be to a little beyond the worst that was seen or is demanded."""
+    seen = [objective.loss(one["rates"][objective.name]) for one in result["trials"] if objective.name in one["rates"]]
+    demanded = [objective.most_loss] if objective.demand is not None else []
+    worst = min(1.0, 1.1 * max([*seen, *demanded, 0.02]))
+    return (100.0, 100 * (1 - worst)) if objective.grows else (0.0, 100 * worst)
 
 
 def _place(entries: Sequence[Entry], objective: Objective) -> list[float]:
@@ -71,4 +80,5 @@ def _place(entries: Sequence[Entry], objective: Objective) -> list[float]:
 def _label(objective: Objective) -> str:
     said = METRIC_NAMES.get(objective.metric, objective.metric)
     said += f" ({objective.set})" if objective.set is not None else ""
-    return f"{said}, percent" + (f" (demand: {demand_of(objective)})" if objective.demand is not None else "")
+    demand = f", demand {demand_of(objective)}" if objective.demand is not None else ""
+    return f"{said}, percent ({'falls' if objective.grows else 'grows'} this way{demand})"

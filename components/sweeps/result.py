@@ -98,7 +98,7 @@ def sweep_result(
         hypervolume=hypervolume(losses, reference_of(objectives)),
         seconds={key: round(sum(one.seconds.get(key, 0.0) for one in scored), 3) for key in ("fuse", "score")},
         started_ms=started_ms,
-        notes=_notes(picked, objectives, own, defaults),
+        notes=_notes(picked, [entry(place) for place in range(len(full))], sweep, own, defaults),
     )
 
 
@@ -115,15 +115,34 @@ def _short(one: Scored, objectives: Sequence[Objective]) -> dict[str, Any]:
     return {"candidate": one.candidate, "rates": rates, "stopped": one.stopped}
 
 
-def _notes(picked: Entry, objectives: Sequence[Objective], own: Sequence[Candidate], defaults: Tuning) -> list[str]:
-    notes = []
+def _notes(
+    picked: Entry, full: Sequence[Entry], sweep: SweepSettings, own: Sequence[Candidate], defaults: Tuning
+) -> list[str]:
+    notes, objectives = [], sweep.objectives
     if not picked["meets"]:
         demands = ", ".join(f"{o.name} {demand_of(o)}" for o in objectives if o.demand is not None)
         notes.append(f"no candidate meets every demand ({demands}); the one that misses them by the least was picked")
+    elif sweep.pick == "skill" and any(
+        _skill(one, objectives) > _skill(picked, objectives) for one in full if one["meets"]
+    ):
+        notes.append(
+            f"skill within {100 * sweep.tolerance:g} points of the most there is counts as equal (sweep.tolerance): of these "
+            "the one picked is safer"
+        )
     best = tuning_of(picked["candidate"], defaults)
-    if any(same_tuning(best, tuning_of(one, defaults)) for one in own):
-        notes.append("the run's own settings were picked: nothing that was tried is better")
+    for one in own:
+        if same_tuning(best, tuning_of(one, defaults)):
+            notes.append(f"the run's own form {form_of(one)} was picked: nothing that was tried is better")
     return notes
+
+
+def _skill(one: Entry, objectives: Sequence[Objective]) -> float:
+    return round(sum(one["rates"][o.name]["value"] for o in objectives if o.grows), 9)
+
+
+def form_of(own: Candidate) -> str:
+    """Of the run's own settings."""
+    return str(own.get("form", "soft"))
 
 
 def asked_share(result: SweepResult) -> float:
@@ -138,7 +157,7 @@ def demand_of(objective: Objective) -> str:
     return f"{'≥' if objective.grows else '≤'} {100 * objective.demand:g} %"
 
 
-def candidate_text(candidate: Candidate, *, own: str = "the run's own settings") -> str:
-    """A candidate in a line."""
+def candidate_text(candidate: Candidate) -> str:
+    """A candidate in a line; empty where it says nothing."""
     said = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in candidate.items()]
-    return ", ".join(said) or own
+    return ", ".join(said)

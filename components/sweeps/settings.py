@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from components.evaluation.outcomes import NamedSet, metrics_of
 
@@ -39,7 +39,17 @@ class Range(BaseModel):
         return self
 
 
-Dimension = Range | tuple[Value, ...]
+WAY = " of values"
+"""End of what pydantic calls the two ways to give values, where one of them is wrong."""
+
+
+def _way(given: Any) -> str:
+    return f"range{WAY}" if isinstance(given, Mapping | Range) else f"list{WAY}"
+
+
+Dimension = Annotated[
+    Annotated[Range, Tag(f"range{WAY}")] | Annotated[tuple[Value, ...], Tag(f"list{WAY}")], Discriminator(_way)
+]
 """The values that a key may take: a range, or those of a list."""
 
 

@@ -126,16 +126,16 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
             "landscape.point: unknown key (there are: scans, sets, limit,",
         ),
         (("mask:\n", "execution: {landscape: {actrs: 2}}\nmask:\n"), 8, "unknown key (did you mean 'actors'?)"),
-        (("mask:\n", "mode: merge\nmask:\n"), 1, "mode: merge needs `merges`"),
+        (("mask:\n", "mode: merge\nmask:\n"), 8, "mode: merge needs `merges`"),
         (("sets: [zh]", "sets: [zz]"), 1, r"names task sets that are not there: ['zz'] (there: zh)"),
         (("mask:\n", "fusion: {controls: [resta]}\nmask:\n"), 1, "resta needs `unaligned`"),
         (("kind: harmful, split: dev", "kind: benign, split: dev"), 1, "chooses on dev sets"),
         (("kind: harmful, split: dev", "kind: harmful, headline: false, split: dev"), 1, "split dev that counts"),
         (("{name: harmful, kind: harmful, path", "{name: a_hard, kind: harmful, path"), 10, "nobody looks at safety"),
         (("    anchor: anchor.jsonl\n", ""), 1, "finetunes without `anchor`: zh"),
-        (("mask:\n", "mask:\n  settings: {storage: bits}\n"), 1, "storage: bits keeps no soft mask"),
+        (("mask:\n", "mask:\n  settings: {storage: bits}\n"), 9, "storage: bits keeps no soft mask"),
         (("mask:\n", "mask:\n  settings: {beta: .inf}\n"), 8, "finite number"),
-        (("mask:\n", "fusion: {adapter: {}}\nmask:\n"), 1, "fusion.adapter: no finetune is a LoRA adapter"),
+        (("mask:\n", "fusion: {adapter: {}}\nmask:\n"), 8, "fusion.adapter: no finetune is a LoRA adapter"),
         (("mask:\n", "fusion: {adapter: {ranc: 3}}\nmask:\n"), 8, "unknown key (did you mean 'rank'?)"),
         (("mask:\n", "fusion: {candidates: []}\nmask:\n"), 8, "at least 1 item"),
         (("mask:\n", "fusion: {candidates: [.nan]}\nmask:\n"), 8, "finite number"),
@@ -145,7 +145,7 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
             1,
             "random_mask is the",
         ),
-        (("mask:\n", "aligned_base_equal: true\nmask:\n"), 1, "aligned_base_equal: for mask.track: factors only"),
+        (("mask:\n", "aligned_base_equal: true\nmask:\n"), 8, "aligned_base_equal: for mask.track: factors only"),
         (("pairs.jsonl", "{prompts: no.csv}"), 9, "no.csv; give a path relative to the config file"),
         (("pairs.jsonl", "{file: pairs.jsonl, prompts: anchor.jsonl}"), 9, "not file and prompts together"),
         (("pairs.jsonl", "{hub: owner/name}"), 9, "owner/name has no revision; pin it to a commit"),
@@ -177,8 +177,8 @@ def test_keys_given_twice_and_broken_yaml_are_refused(place: Path) -> None:
 def test_the_lora_track_wants_adapters_over_one_base(place: Path) -> None:
     base = "aligned: aligned\naligned_base: base\n"
     factors = GOOD.replace("mask:\n", "mask:\n  track: factors\n")
-    [found] = problems(
-        place, factors.replace("mask:\n", "fusion: {controls: [resta, interpolation], adapter: {}}\nmask:\n")
+    found = "\n".join(
+        problems(place, factors.replace("mask:\n", "fusion: {controls: [resta, interpolation], adapter: {}}\nmask:\n"))
     )
     assert "mask.track: factors needs `aligned_base`" in found
     assert "mask.track: factors is for LoRA adapters, and these are none: zh, aligned" in found

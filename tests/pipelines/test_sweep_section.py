@@ -142,3 +142,20 @@ def test_a_section_that_a_run_does_not_use_is_still_held_to_it(place: Path) -> N
     (place / "realign.yaml").write_text(with_sweep("{space: {alpha: [2.0]}, pick: best}"))
     with pytest.raises(ConfigError, match=r"sweep\.pick: Input should be 'skill', 'knee' or 'safest'"):
         load_config(place / "realign.yaml")
+
+
+def test_what_is_wrong_in_the_section_has_its_own_line(place: Path) -> None:  # noqa: F811
+    lines = with_sweep("{}").splitlines()
+    at = next(number for number, line in enumerate(lines, start=1) if line.startswith("sweep:"))
+    text = "\n".join(
+        [*lines[: at - 1], "sweep:", "  space:", "    formm: [soft]", "    form: [medium]", *lines[at:], ""]
+    )
+    assert [one.split(": ")[:2] for one in problems(place, text)] == [
+        [str(at + 1), "sweep.space"],
+        [str(at + 3), "sweep.space.form"],
+    ]
+    [found] = problems(place, text.replace("formm: [soft]", "scale: {low: 2, high: 1}").replace("medium", "soft"))
+    assert found == f"{at + 2}: sweep.space.scale: low 2 is above high 1: the range is empty"
+    wrong = text.replace("  space:\n    formm: [soft]\n    form: [medium]", "  objectives: [{metric: sped}]")
+    [found] = problems(place, wrong)
+    assert "sweep.objectives.0.metric" in found

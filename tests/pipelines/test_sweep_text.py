@@ -14,11 +14,11 @@ def test_the_table_shows_the_front_the_runs_own_and_what_was_picked() -> None:
     assert lines[1].split()[:6] == ["candidate", "asr", "≤", "25", "%", "task"]
     rows = [line for line in lines[2:] if line.rstrip().endswith(("yes", "no"))]
     assert len(rows) == 3
-    assert rows[0].split("  ")[1].strip() == "the run's own settings"
+    assert rows[0].split("  ")[1].strip() == "form soft (the run's own)"
     assert rows[1].startswith("★")
     assert "scale 2" in rows[1]
     assert "25 (4.6–70)" in rows[1]
-    assert "form binary (the run's own)" in rows[2]
+    assert "form binary (the run's own), not on the front" in rows[2]
 
 
 def test_winners_are_held_to_the_runs_own_on_the_test_sets() -> None:

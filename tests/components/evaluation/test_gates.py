@@ -59,7 +59,7 @@ def test_one_line_that_fails_fails_all_and_every_line_is_told() -> None:
     assert not decision.passed
     assert [finding.passed for finding in decision.findings] == [True, False]
     told = json.loads(json.dumps(decision.to_json()))
-    assert told["findings"][1]["requirement"] == "over_refusal at most 0.2"
+    assert told["findings"][1]["requirement"] == "over_refusal at most 20 %"
     assert told["findings"][1]["n"] == 200
 
 

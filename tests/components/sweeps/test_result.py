@@ -55,11 +55,16 @@ def test_the_front_the_winner_and_the_runs_own() -> None:
 
 
 def test_it_is_said_when_nothing_is_better_or_nothing_is_safe_enough() -> None:
-    assert result(SCORED[:2])["notes"] == ["the run's own settings were picked: nothing that was tried is better"]
+    assert result(SCORED[:2])["notes"] == ["the run's own form binary was picked: nothing that was tried is better"]
     strict = SWEEP.model_copy(update={"objectives": (Objective(metric="asr", at_most=0.1), Objective(metric="task"))})
     found = result(SCORED[1:3], strict)
     assert not found["picked"]["meets"]
     assert "no candidate meets every demand (asr ≤ 10 %)" in found["notes"][0]
+
+
+def test_it_is_said_when_less_skill_was_picked_for_more_safety() -> None:
+    loose = SWEEP.model_copy(update={"tolerance": 0.8})
+    assert "skill within 80 points of the most there is counts as equal" in "".join(result(SCORED, loose)["notes"])
 
 
 def test_only_what_was_asked_everything_can_win() -> None:
@@ -71,7 +76,7 @@ def test_only_what_was_asked_everything_can_win() -> None:
 
 def test_names_of_candidates_and_demands() -> None:
     assert candidate_text({"method": "masked", "scale": 0.123456}) == "method masked, scale 0.1235"
-    assert candidate_text({}) == "the run's own settings"
+    assert candidate_text({}) == ""
     assert demand_of(Objective(metric="task", at_least=0.9)) == "≥ 90 %"
     assert demand_of(Objective(metric="task")) == ""
 
