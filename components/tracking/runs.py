@@ -8,15 +8,18 @@ outage is the same call and changes nothing.
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from components.errors import TrackingError
 from components.tracked import Point, TrackedRun, content_hash, flat
-from components.tracking.names import ATTACHED_TAG, DIFFERING_TAG, FINGERPRINT_TAG, PROJECTED_TAG
+from components.tracking.address import address_of, database_of, default_uri, is_local
+from components.tracking.local import ARTIFACTS, move_artifacts
+from components.tracking.names import ATTACHED_TAG, DIFFERING_TAG, FINGERPRINT_TAG, MAKER_TAG, PROJECTED_TAG
 from components.tracking.registry import Registered, Registry, log_metrics
-from components.tracking.server import default_uri, error_code, is_local, talking
+from components.tracking.server import error_code, first_line, talking
 
 _BATCH = 100
 _PARAM_CHARS = 6000
@@ -26,9 +29,11 @@ class Tracker(Registry):
     """A tracking server (or a local sqlite file) and one experiment on it."""
 
     def __init__(self, *, uri: str | None, experiment: str, workspace: Path) -> None:
-        """`uri` None means sqlite in the workspace, artifacts beside it. Raises TrackingError when out of reach."""
-        super().__init__(uri or default_uri(workspace))
+        """`uri` None means MLFLOW_TRACKING_URI, or else sqlite in the workspace, artifacts beside it. Raises TrackingError when
+        out of reach."""
+        super().__init__(address_of(uri, workspace))
         self._written: dict[str, tuple[str, str]] = {}
+        self._token = uuid.uuid4().hex
         self._about = f"the experiment {experiment}"
         with talking(self.uri, self._about):
             self.experiment_id = self._experiment(experiment, workspace)
@@ -65,13 +70,14 @@ class Tracker(Registry):
         is the identity of what they say: where the run has it already, nothing is written."""
         given = os.environ.get("MLFLOW_RUN_ID")
         with talking(self.uri, self._about):
-            found = self.client.get_run(given) if given else self._find(identity)
-            if found is None:
+            runs = [self.client.get_run(given)] if given else self._runs(identity)
+            if not runs:
                 raise TrackingError(f"tracking at {self.uri} has no run {identity}; run again to have it shown")
+            found = runs[0]
             if found.data.tags.get(ATTACHED_TAG) == content:
                 return
             for path in files:
-                self.client.log_artifact(found.info.run_id, str(path))
+                self._log_artifact(found.info.run_id, path)
             self.client.set_tag(found.info.run_id, ATTACHED_TAG, content)
 
     def register(self, asked: Registered, *, experiment_id: str | None = None) -> str:
@@ -81,10 +87,10 @@ class Tracker(Registry):
     def _experiment(self, name: str, workspace: Path) -> str:
         from mlflow.exceptions import MlflowException
 
+        # A server chooses its own artifact root; locally MLflow would write into the current directory.
+        root = (workspace / ARTIFACTS).resolve().as_uri() if is_local(self.uri) else None
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            # A server chooses its own artifact root; locally MLflow would write into the current directory.
-            root = (workspace / "mlartifacts").resolve().as_uri() if is_local(self.uri) else None
             try:
                 return str(self.client.create_experiment(name, artifact_location=root))
             except MlflowException as error:
@@ -93,27 +99,58 @@ class Tracker(Registry):
                 found = self.client.get_experiment_by_name(name)  # somebody made it meanwhile
         if found.lifecycle_stage != "active":
             raise TrackingError(f"experiment {name!r} on {self.uri} is deleted; restore it or choose another name")
+        old = str(found.artifact_location)
+        if self.uri == default_uri(workspace) and old != root and old.endswith(f"/{ARTIFACTS}"):
+            move_artifacts(database_of(self.uri), old, str(root))
         return str(found.experiment_id)
 
-    def _find(self, identity: str, parent: str | None = None) -> Any | None:
+    def _runs(self, identity: str, parent: str | None = None) -> list[Any]:
+        """Those with that identity, the earliest first."""
         query = f"tags.`{FINGERPRINT_TAG}` = '{identity}'"
         if parent is not None:
             query += f" and tags.`mlflow.parentRunId` = '{parent}'"
-        runs = self.client.search_runs([self.experiment_id], query, order_by=["attributes.start_time ASC"])
-        return runs[0] if runs else None
+        return list(self.client.search_runs([self.experiment_id], query, order_by=["attributes.start_time ASC"]))
 
-    def _make(self, run: TrackedRun, identity: str, parent: str | None) -> Any:
-        tags = {FINGERPRINT_TAG: identity}
+    def _make(self, run: TrackedRun, identity: str, parent: str | None) -> None:
+        tags = {FINGERPRINT_TAG: identity, MAKER_TAG: self._token}
         if parent is not None:
             tags["mlflow.parentRunId"] = parent
-        return self.client.create_run(self.experiment_id, run.started_ms, tags, run.name)
+        self.client.create_run(self.experiment_id, run.started_ms, tags, run.name)
 
     def _place(self, run: TrackedRun, identity: str, parent: str | None) -> str:
-        """The id of the MLflow run with that identity, which is made where there is none."""
+        """The id of the MLflow run with that identity, which is made where there is none.
+
+        mlflow asks again for what a server has done without its answer arriving, so one call can make a run twice: of runs
+        with the token of one tracker the first stays.
+        """
         if identity in self._written:
             return self._written[identity][0]
-        found = self._find(identity, parent) or self._make(run, identity, parent)
-        return str(found.info.run_id)
+        found = self._runs(identity, parent)
+        if not found:
+            self._make(run, identity, parent)
+            found = self._runs(identity, parent)
+        if not found:
+            raise TrackingError(f"tracking at {self.uri} does not show the run that was made there; run again")
+        first = found[0]
+        made_by = {self._token, first.data.tags.get(MAKER_TAG, self._token)}
+        for double in found[1:]:
+            if double.data.tags.get(MAKER_TAG) in made_by:
+                self.client.delete_run(double.info.run_id)
+        return str(first.info.run_id)
+
+    def _log_artifact(self, run_id: str, path: Path) -> None:
+        """Raises TrackingError for whatever keeps a store of artifacts from taking it: each has errors of its own."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.log_artifact(run_id, str(path))
+        except (MlflowException, OSError):  # told as everything else
+            raise
+        except Exception as error:
+            raise TrackingError(
+                f"the artifacts of {self.uri} do not take {path.name}: {type(error).__name__}: {first_line(error)}; give what "
+                "their store asks for (a package, credentials), or have the server take them (--artifacts-destination)"
+            ) from error
 
     def _write(self, run: TrackedRun, run_id: str, identity: str, *, close: bool) -> None:
         # What is shown of a run that goes on is not all of it, even where the end adds nothing but that it ended.
@@ -129,7 +166,7 @@ class Tracker(Registry):
             values = [Point(name, 0, value) for name, value in run.metrics.items()]
             log_metrics(self.client, run_id, [*values, *run.series], run.started_ms)
             for artifact in run.artifacts:
-                self.client.log_artifact(run_id, str(artifact))
+                self._log_artifact(run_id, artifact)
             self._set_tags(run_id, {**run.tags, FINGERPRINT_TAG: identity})
             if differing:
                 self.client.set_tag(run_id, DIFFERING_TAG, ", ".join(differing))
