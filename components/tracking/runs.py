@@ -19,7 +19,7 @@ from components.tracking.address import address_of, database_of, default_uri, is
 from components.tracking.local import ARTIFACTS, move_artifacts
 from components.tracking.names import ATTACHED_TAG, DIFFERING_TAG, FINGERPRINT_TAG, MAKER_TAG, PROJECTED_TAG
 from components.tracking.registry import Registered, Registry, log_metrics
-from components.tracking.server import error_code, first_line, talking
+from components.tracking.server import error_code, talking
 
 _BATCH = 100
 _PARAM_CHARS = 6000
@@ -37,12 +37,6 @@ class Tracker(Registry):
         self._about = f"the experiment {experiment}"
         with talking(self.uri, self._about):
             self.experiment_id = self._experiment(experiment, workspace)
-
-    def try_writing(self) -> None:
-        """Make a run in the experiment and delete it, to see whether this user may. Raises TrackingError."""
-        with talking(self.uri, self._about):
-            made = self.client.create_run(self.experiment_id, run_name="realign doctor")
-            self.client.delete_run(made.info.run_id)
 
     def project(self, run: TrackedRun, *, run_id: str | None = None, ended: bool = True) -> dict[str, str]:
         """Make MLflow show `run` and its children; returns the run id of "" (the run itself) and of each child by name.
@@ -77,7 +71,7 @@ class Tracker(Registry):
             if found.data.tags.get(ATTACHED_TAG) == content:
                 return
             for path in files:
-                self._log_artifact(found.info.run_id, path)
+                self.upload(found.info.run_id, path)
             self.client.set_tag(found.info.run_id, ATTACHED_TAG, content)
 
     def register(self, asked: Registered, *, experiment_id: str | None = None) -> str:
@@ -97,8 +91,7 @@ class Tracker(Registry):
                 if error_code(error) != "RESOURCE_ALREADY_EXISTS":
                     raise
                 found = self.client.get_experiment_by_name(name)  # somebody made it meanwhile
-        if found.lifecycle_stage != "active":
-            raise TrackingError(f"experiment {name!r} on {self.uri} is deleted; restore it or choose another name")
+        require_active(found, name, self.uri)
         old = str(found.artifact_location)
         if self.uri == default_uri(workspace) and old != root and old.endswith(f"/{ARTIFACTS}"):
             move_artifacts(database_of(self.uri), old, str(root))
@@ -135,22 +128,9 @@ class Tracker(Registry):
         made_by = {self._token, first.data.tags.get(MAKER_TAG, self._token)}
         for double in found[1:]:
             if double.data.tags.get(MAKER_TAG) in made_by:
-                self.client.delete_run(double.info.run_id)
+                if not discard(self.client, double.info.run_id):
+                    self.client.delete_tag(double.info.run_id, FINGERPRINT_TAG)  # nobody finds it any more
         return str(first.info.run_id)
-
-    def _log_artifact(self, run_id: str, path: Path) -> None:
-        """Raises TrackingError for whatever keeps a store of artifacts from taking it: each has errors of its own."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.client.log_artifact(run_id, str(path))
-        except (MlflowException, OSError):  # told as everything else
-            raise
-        except Exception as error:
-            raise TrackingError(
-                f"the artifacts of {self.uri} do not take {path.name}: {type(error).__name__}: {first_line(error)}; give what "
-                "their store asks for (a package, credentials), or have the server take them (--artifacts-destination)"
-            ) from error
 
     def _write(self, run: TrackedRun, run_id: str, identity: str, *, close: bool) -> None:
         # What is shown of a run that goes on is not all of it, even where the end adds nothing but that it ended.
@@ -166,7 +146,7 @@ class Tracker(Registry):
             values = [Point(name, 0, value) for name, value in run.metrics.items()]
             log_metrics(self.client, run_id, [*values, *run.series], run.started_ms)
             for artifact in run.artifacts:
-                self._log_artifact(run_id, artifact)
+                self.upload(run_id, artifact)
             self._set_tags(run_id, {**run.tags, FINGERPRINT_TAG: identity})
             if differing:
                 self.client.set_tag(run_id, DIFFERING_TAG, ", ".join(differing))
@@ -188,3 +168,23 @@ class Tracker(Registry):
         entities = [RunTag(key, str(value)) for key, value in tags.items()]
         for start in range(0, len(entities), _BATCH):
             self.client.log_batch(run_id, tags=entities[start : start + _BATCH])
+
+
+def require_active(experiment: Any, name: str, uri: str) -> None:
+    """Raises TrackingError for an experiment that was deleted: its name stays taken."""
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(f"experiment {name!r} on {uri} is deleted; restore it or choose another name")
+
+
+def discard(client: Any, run_id: str) -> bool:
+    """Delete a run; who may write and not delete (the right EDIT) ends it as killed. Whether it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.delete_run(run_id)
+    except MlflowException as error:
+        if error.get_http_status_code() != 403:
+            raise
+        client.set_terminated(run_id, "KILLED")
+        return False
+    return True

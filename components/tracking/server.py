@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from components.errors import TrackingError
@@ -71,6 +72,21 @@ class Server:
             mlflow.set_tracking_uri(tracking)
             mlflow.set_registry_uri(registry)
             restore(given)  # mlflow writes them there, too, and every process that is started inherits them
+
+    def upload(self, run_id: str, path: Path) -> None:
+        """Log a file as an artifact. Raises TrackingError for whatever keeps their store from taking it: each has errors of its
+        own."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.log_artifact(run_id, str(path))
+        except (MlflowException, OSError):  # told as everything else
+            raise
+        except Exception as error:
+            raise TrackingError(
+                f"the artifacts of {self.uri} do not take {path.name}: {type(error).__name__}: {first_line(error)}; give what "
+                "their store asks for (a package, credentials), or have the server take them (--artifacts-destination)"
+            ) from error
 
 
 def require_reachable(uri: str, *, tries: int = 3, wait_s: float = 1.0) -> None:
