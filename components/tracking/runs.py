@@ -127,9 +127,8 @@ class Tracker(Registry):
         first = found[0]
         made_by = {self._token, first.data.tags.get(MAKER_TAG, self._token)}
         for double in found[1:]:
-            if double.data.tags.get(MAKER_TAG) in made_by:
-                if not discard(self.client, double.info.run_id):
-                    self.client.delete_tag(double.info.run_id, FINGERPRINT_TAG)  # nobody finds it any more
+            if double.data.tags.get(MAKER_TAG) in made_by and not discard(self.client, double.info.run_id):
+                self.client.delete_tag(double.info.run_id, FINGERPRINT_TAG)  # nobody finds it any more
         return str(first.info.run_id)
 
     def _write(self, run: TrackedRun, run_id: str, identity: str, *, close: bool) -> None:
