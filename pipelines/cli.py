@@ -16,7 +16,6 @@ from pipelines.interrupts import interruptible
 
 app = typer.Typer(
     name="realign",
-    help="Give finetunes of a safely aligned language model their safety back, keep their skill, and prove both.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,6 +24,28 @@ testbed = typer.Typer(help="Small real models with a known safety behaviour.", n
 app.add_typer(testbed, name="testbed")
 cli_sweep.add_to(app)
 cli_doctor.add_to(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"realign {version('safety-realign')}")
+        except PackageNotFoundError:
+            raise ConfigError(
+                "safety-realign is not installed, so nobody knows its version; pip install -e ."
+            ) from None
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Give finetunes of a safely aligned language model their safety back, keep their skill, and prove both."""
 
 
 class Size(StrEnum):

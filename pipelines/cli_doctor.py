@@ -27,7 +27,9 @@ def doctor(
 ) -> None:
     """Look whether this machine, the workspace and the services are fit for a run, and say what to do where they are not.
 
-    Takes some seconds. Nothing stays behind. Exit status 2 where a run would fail.
+    Takes some seconds. Nothing stays behind but, with a config and a tracking server, a run (and an experiment, where the
+    config's is not there yet) that MLflow keeps as deleted until `mlflow gc`; what cannot be deleted is said. Exit status 2
+    where a run would fail.
     """
     from pipelines.doctor import doctor_json, doctor_lines, examine, fit
 

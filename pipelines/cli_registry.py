@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +20,7 @@ Workspace = Annotated[
     ),
 ]
 Uri = Annotated[
-    str | None, typer.Option(help="The tracking server; by default the workspace's, or MLFLOW_TRACKING_URI.")
+    str | None, typer.Option(help="The tracking server; by default MLFLOW_TRACKING_URI, or else the workspace's.")
 ]
 
 
@@ -83,16 +82,20 @@ def models(
 
 def _registry(workspace: Path | None, uri: str | None) -> Registry:
     """The registry that was named. Raises ConfigError where none was, or where there is no such database."""
-    from components.tracking import Registry, default_uri
-    from components.tracking.server import database_of, is_local
+    from components.tracking import Registry, told_by_environment
+    from components.tracking.address import database_of, is_local
+    from pipelines.place import settled
 
-    own = default_uri(workspace) if workspace is not None else None
-    if uri is None and own is not None and database_of(own).is_file():
-        uri = own
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None:
-        where = f"{workspace} has no mlflow.db" if workspace is not None else "which registry?"
-        raise ConfigError(f"{where}; give --workspace of a run, --tracking-uri, or set MLFLOW_TRACKING_URI")
-    if is_local(uri) and not database_of(uri).is_file():
-        raise ConfigError(f"there is no database {database_of(uri)}; correct --tracking-uri")
-    return Registry(uri)
+    told = uri or told_by_environment()
+    if told is None and workspace is None:
+        raise ConfigError("which registry? give --workspace of a run, --tracking-uri, or set MLFLOW_TRACKING_URI")
+    found = settled(uri, workspace or Path())
+    if is_local(found) and not database_of(found).is_file():
+        if told is not None:
+            raise ConfigError(
+                f"there is no database {database_of(found)}; correct --tracking-uri or MLFLOW_TRACKING_URI"
+            )
+        raise ConfigError(
+            f"{workspace} has no mlflow.db; give --workspace of a run, --tracking-uri, or set MLFLOW_TRACKING_URI"
+        )
+    return Registry(found)

@@ -64,10 +64,17 @@ def examine(config: Path | None, workspace: Path | None, uri: str | None) -> lis
         try:
             findings += check()
         except RealignError as error:
-            findings.append(Finding("wrong", what, str(error)))
+            findings.append(wrong(what, error))
         except Exception as error:  # noqa: BLE001 - a check that breaks says something of the machine, and others go on
-            findings.append(Finding("wrong", what, f"{type(error).__name__}: {error}"))
+            remedy = "this check broke before it could tell: see that what it names works by itself"
+            findings.append(Finding("wrong", what, f"{type(error).__name__}: {error}", remedy))
     return findings
+
+
+def wrong(what: str, error: RealignError) -> Finding:
+    """Of an error, whose message says after its last semicolon what to do."""
+    found, _, remedy = str(error).rpartition("; ")
+    return Finding("wrong", what, found, remedy) if found else Finding("wrong", what, remedy, "mend it and look again")
 
 
 def doctor_lines(findings: Sequence[Finding]) -> list[str]:

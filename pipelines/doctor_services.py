@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.errors import TrackingError
-from pipelines.doctor import Finding
+from pipelines.doctor import Finding, wrong
 
 if TYPE_CHECKING:
     from components.evaluation.api import ApiSettings
@@ -46,32 +46,45 @@ class Services:
         return found
 
     def tracking(self) -> list[Finding]:
-        """Whether the tracking server answers, is of a version that is understood, and lets this user write."""
-        from components.tracking import Tracker
-        from components.tracking.server import Server, talking
+        """Whether the tracking server answers, is of a version that is understood, and takes what a run writes there."""
+        from components.tracking.address import checked, database_of, is_local, shown
+        from components.tracking.trial import try_reading, try_writing
 
-        uri = self._uri
-        if uri is None:
+        named = self._uri
+        if named is None:
             return [Finding("ok", "tracking", "no server is named: a run keeps an sqlite file in its workspace")]
         began = time.perf_counter()
         try:
-            if self.config is None:
-                server = Server(uri)
-                with talking(uri):
-                    server.client.search_experiments(max_results=1)
-                what = "lets this user read; give a config to try whether it may write"
+            uri = checked(named)
+            if is_local(uri) and not database_of(uri).exists():
+                return [Finding("ok", "tracking", f"there is no {database_of(uri)} yet: a run makes it")]
+            if self.config is None or is_local(uri):
+                try_reading(uri)
+                what = "lets this user read"
+                what += "" if is_local(uri) else "; give a config to try whether it may write"
             else:
                 experiment = self.config.tracking.experiment or self.config.name
-                Tracker(uri=uri, experiment=experiment, workspace=self.workspace).try_writing()
-                what = f"lets this user write to the experiment {experiment}"
+                stays = try_writing(uri, experiment, self._models())
+                what = f"lets this user write to the experiment {experiment}, its artifacts and the registry"
+                what += f" ({stays})" if stays else ""
         except TrackingError as error:
-            return [Finding("wrong", "tracking", str(error))]
+            return [wrong("tracking", error)]
         taken = time.perf_counter() - began
-        text = f"{uri} answers and {what}, in {taken:.1f} s"
+        text = f"{shown(uri)} answers and {what}, in {taken:.1f} s"
         if taken > _SLOW_S:
             remedy = "look at the server's database and the way to it: a run writes some hundred times"
             return [Finding("note", "tracking", text, remedy)]
         return [Finding("ok", "tracking", text)]
+
+    def _models(self) -> list[str]:
+        """Registered models that a run of the config writes to."""
+        from pipelines.gate import registered_as
+
+        assert self.config is not None
+        if not self.config.tracking.register_models:
+            return []
+        names = [registered_as(self.config, name) for name in self.config.targets]
+        return names + ([f"{name}.promotions" for name in names] if self.config.tracking.promote else [])
 
     def tokens(self) -> list[Finding]:
         """Whether the variables are set that what the config names asks for. Values are never shown."""
@@ -89,6 +102,7 @@ class Services:
     def _wanted(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         """(variables of which one is enough, what for, what to do)."""
         from components.evaluation.known_sets import KNOWN
+        from components.tracking.address import shown
 
         if self.config is None:
             return
@@ -105,7 +119,7 @@ class Services:
             variables = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
             yield (
                 variables,
-                f"for {uri}",
+                f"for {shown(uri)}",
                 "set one of them (and MLFLOW_TRACKING_USERNAME) if the server asks who you are",
             )
 
@@ -129,5 +143,6 @@ class Services:
 
     @property
     def _uri(self) -> str | None:
-        named = self.config.tracking.uri if self.config is not None else None
-        return self.uri or named or os.environ.get("MLFLOW_TRACKING_URI")
+        from components.tracking import told_by_environment
+
+        return self.uri or (self.config.tracking.uri if self.config is not None else None) or told_by_environment()

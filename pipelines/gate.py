@@ -15,6 +15,7 @@ from components.evaluation.outcomes import NamedSet, read_answers
 from components.records import Record
 from components.reporting.schema import FinetuneSummary, GateDecision, RunSummary, shown_models
 from components.storage import Workspace
+from pipelines.config import RunConfig
 from pipelines.driver import RunState
 from pipelines.landscapes import drawn_of
 
@@ -41,7 +42,12 @@ def decide_gates(run: RunState, summary: RunSummary, in_service: InService) -> l
 
 def registered_name(run: RunState, name: str) -> str:
     """Under which name a realigned model is registered."""
-    return f"{run.config.name}-{name}"
+    return registered_as(run.config, name)
+
+
+def registered_as(config: RunConfig, name: str) -> str:
+    """As registered_name, before there is a run."""
+    return f"{config.name}-{name}"
 
 
 def _decided(run: RunState, entry: FinetuneSummary, in_service: InService) -> GateDecision:

@@ -1,6 +1,7 @@
 """MLflow while a run goes on: what has ended is shown beside the stages, by a thread that nothing ever waits for.
 
-A server that is away costs the run nothing: the thread tries again with what stands then, and the end of the run shows all.
+A server that is away costs the run nothing: every `tracking.every_s` the thread tries again with what stands then, and the
+end of the run shows all.
 """
 
 from __future__ import annotations
@@ -45,20 +46,22 @@ class _Live:
     def __init__(self, config: RunConfig, workspace: Workspace, roots: Roots) -> None:
         self._base = RunState(config, workspace, roots, {})
         self._latest: RunState | None = None
-        self._shown: set[str] = set()
+        self._asked: set[str] = set()
+        """What the thread was to show last; what it has shown, None: nothing yet, not even that there is a run."""
+        self._shown: set[str] | None = None
         self._due = time.monotonic() + config.tracking.every_s
         self._wake, self._over = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def watch(self, nodes: Mapping[str, NodeState]) -> None:
         """Cheap: twice a second, in the driver's loop."""
-        made = {name for name, state in nodes.items() if state.status in ("done", "failed")}
-        # What was there already has been shown by the run that made it; the end says the rest.
-        if made <= self._shown or all(state.ended for state in nodes.values()):
+        made = _made(nodes)
+        # What the end is about to say needs no telling.
+        if made == self._shown or all(state.ended for state in nodes.values()):
             return
-        if time.monotonic() < self._due and not self._finished_one(nodes, made - self._shown):
+        if time.monotonic() < self._due and not self._finished_one(nodes, made - self._asked):
             return
-        self._shown, self._due = made, time.monotonic() + self._base.config.tracking.every_s
+        self._asked, self._due = made, time.monotonic() + self._base.config.tracking.every_s
         self._latest = replace(self._base, nodes={name: replace(state) for name, state in nodes.items()})
         self._wake.set()
         if self._thread is None:
@@ -85,17 +88,23 @@ class _Live:
             state, self._latest = self._latest, None
             if state is None or self._over.is_set():
                 continue
-            lease = try_acquire(state.workspace.root / TRACKING_LEASE)
-            if lease is None:  # another run of the workspace is writing
-                continue
-            with lease:
-                try:
+            try:
+                lease = try_acquire(state.workspace.root / TRACKING_LEASE)
+                if lease is None:  # another run of the workspace is writing
+                    continue
+                with lease:
                     tracker = tracker or tracker_of(state)
                     tracker.project(tracked(state, so_far(state)), ended=False)
-                except (RealignError, OSError):
-                    # The end of the run says so, should it last. A tracker remembers what it wrote, and the server may not.
-                    tracker = None
+                self._shown = _made(state.nodes)
+            except (RealignError, OSError):
+                # The end of the run says so, should it last. A tracker remembers what it wrote, and the server may not.
+                tracker = None
             self._over.wait(_SOON_SECONDS)
+
+
+def _made(nodes: Mapping[str, NodeState]) -> set[str]:
+    """Nodes that ended in this run; what was there already has been shown by the run that made it."""
+    return {name for name, state in nodes.items() if state.status in ("done", "failed")}
 
 
 def so_far(run: RunState) -> RunSummary:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -113,23 +114,46 @@ def _free(path: Path) -> int:
 
 def gpus() -> list[int]:
     """Free bytes of each GPU that this process may use. By the driver's own tool: asking through torch would open a context and
-    keep half a GiB of each."""
+    keep half a GiB of each. Of a slice of a GPU (MIG), which the tool tells nothing more of, what its profile names, nearly."""
+    told = _nvidia_smi("--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits")
+    rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines() if line.count(",") == 2]
+    whole = [(index, uuid, int(free) * 2**20) for index, uuid, free in rows if free.isdigit()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [free for _, _, free in whole]
+    if "MIG-" in visible:
+        whole += [("", uuid, int(_MIG_SHARE * int(gib) * GIB)) for gib, uuid in _MIG.findall(_nvidia_smi("-L"))]
+    found = []
+    for wanted in visible.split(","):
+        free = _free_of(wanted.strip(), whole)
+        if free is None:
+            break  # as CUDA does: what follows one that is not there is not seen
+        found.append(free)
+    return found
+
+
+_MIG = re.compile(r"MIG \S*?(\d+)gb\S*\s+Device\s+\d+: \(UUID: (MIG-[^)]+)\)")
+_MIG_SHARE = 0.95
+"""Of the GB in a profile's name, what a slice has in GiB at least: `1g.5gb` has 4.75."""
+
+
+def _free_of(wanted: str, there: Sequence[tuple[str, str, int]]) -> int | None:
+    """Free bytes of what CUDA_VISIBLE_DEVICES names: an index, or the begin of one UUID."""
+    if wanted.isdigit():
+        return next((free for index, _, free in there if index == wanted), None)
+    fits = [free for _, uuid, free in there if wanted.startswith(("GPU-", "MIG-")) and uuid.startswith(wanted)]
+    return fits[0] if len(fits) == 1 else None
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What it says; nothing where there is none, or where it fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return []
-    query = [tool, "--query-gpu=index,uuid,memory.free", "--format=csv,noheader,nounits"]
+        return ""
     try:
-        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines() if line.count(",") == 2]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    wanted = None if visible is None else visible.split(",")
-    return [
-        int(free) * 2**20
-        for index, uuid, free in rows
-        if free.isdigit() and (wanted is None or index in wanted or uuid in wanted)
-    ]
+        return ""
 
 
 def measure(gpu_flops: float | None = None) -> Rates:

@@ -10,7 +10,7 @@ from components.errors import GateError, RealignError
 from components.reporting.report import write_report
 from components.reporting.schema import RunSummary
 from components.reporting.table import comparison_caption, comparison_table, comparison_text
-from components.storage import Workspace
+from components.storage import Workspace, storage_errors
 from pipelines.actions import in_service, track_and_register
 from pipelines.cards import write_cards
 from pipelines.config import RunConfig
@@ -20,6 +20,7 @@ from pipelines.gate import decide_gates
 from pipelines.landscapes import add_landscapes
 from pipelines.live_tracking import live_tracking
 from pipelines.patience import Patience
+from pipelines.place import settled
 from pipelines.preflight import require_memory
 from pipelines.report_action import log_report
 from pipelines.roots import find_roots
@@ -34,6 +35,7 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     """
     workspace = Workspace(root)
     workspace.prepare()
+    settled(config.tracking.uri, root)
     roots = find_roots(config, root / ".identities")
     require_memory(config, workspace, roots)
     patience = Patience(config.tracking.patience_s)
@@ -50,10 +52,10 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     add_landscapes(state, summary)
     shut = decide_gates(state, summary, in_service(state, patience))
     write_summary(summary, root / "summary.json")
-    if _told(summary, failed, lambda: shut.extend(patience(lambda: track_and_register(state, summary)))):
+    if _told(root, summary, failed, lambda: shut.extend(patience(lambda: track_and_register(state, summary)))):
         _write_all(state, summary)
         # Last, for the report names the registered versions.
-        _told(summary, failed, lambda: patience(lambda: log_report(state, summary)))
+        _told(root, summary, failed, lambda: patience(lambda: log_report(state, summary)))
     if failed:
         _write_all(state, summary)  # with what tracking had to say
     _print_table(summary)
@@ -66,10 +68,11 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     return failed
 
 
-def _told(summary: RunSummary, failed: list[str], track: Callable[[], None]) -> bool:
-    """Whether tracking went well: what a server refuses fails the run, and takes nothing else from it."""
+def _told(where: Path, summary: RunSummary, failed: list[str], track: Callable[[], None]) -> bool:
+    """Whether tracking went well: what a server or a disk refuses fails the run, and takes nothing else from it."""
     try:
-        track()
+        with storage_errors(where):
+            track()
     except RealignError as error:
         failed.append(f"tracking: {error}")
         summary.setdefault("notes", []).append(f"tracking: {error}")

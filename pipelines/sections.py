@@ -254,7 +254,7 @@ class TrackingSection(Section):
     """MLflow."""
 
     uri: str | None = None
-    """Tracking server; by default an sqlite file in the workspace."""
+    """Tracking server; by default the environment's MLFLOW_TRACKING_URI, or else an sqlite file in the workspace."""
     experiment: str | None = None
     """By default the run's name."""
     register_models: bool = Field(default=True, alias="register")
@@ -262,7 +262,8 @@ class TrackingSection(Section):
     promote: bool = False
     """Put every version whose gate passed in service (alias `champion`); needs a gate."""
     every_s: float = Field(default=30.0, ge=1)
-    """How often a run that goes on is shown, at least; a model whose stages have all ended is shown at once."""
+    """A run that goes on, and what ended in it, is shown within so long, and as often tried again where nobody answers; a model
+    whose stages have all ended is shown at once."""
     patience_s: float = Field(default=60.0, ge=0)
     """How long the end of a run waits for a server that is away."""
 

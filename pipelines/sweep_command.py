@@ -21,6 +21,7 @@ from components.sweeps.space import tuning_of
 from pipelines.config import RunConfig, load_config
 from pipelines.display import progress_display, teller
 from pipelines.driver import RunState, run_stages
+from pipelines.place import settled
 from pipelines.preflight import require_memory
 from pipelines.roots import find_roots
 from pipelines.run import realign
@@ -46,6 +47,7 @@ def sweep_command(
     config = _with_section(load_config(path), path, trials)
     workspace = Workspace(root or Path("runs") / config.name)
     workspace.prepare()
+    settled(config.tracking.uri, workspace.root)
     state = _prepared(config, workspace)
     results, failed = _swept_all(state, actors)
     if not results:

@@ -1,12 +1,13 @@
 """MLflow: runs as a projection of what stages left behind, and the registry of realigned models. Only here mlflow is imported.
 
-`server` is the connection, `runs` the projection, `registry` the versions, `promotions` who is in service.
+`address` is where, `server` the connection, `runs` the projection, `registry` the versions, `promotions` who is in service.
 """
 
+from components.tracking.address import address_of, default_uri, told_by_environment
 from components.tracking.names import CANDIDATE, CHAMPION, EVALUATION_TAG, GATE_TAG, PREVIOUS
 from components.tracking.registry import Registered, Registry, Version
 from components.tracking.runs import Tracker
-from components.tracking.server import TrackingUnavailableError, default_uri
+from components.tracking.server import TrackingUnavailableError
 
 __all__ = [
     "CANDIDATE",
@@ -19,5 +20,7 @@ __all__ = [
     "Tracker",
     "TrackingUnavailableError",
     "Version",
+    "address_of",
     "default_uri",
+    "told_by_environment",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 FINGERPRINT_TAG = "realign.fingerprint"
+MAKER_TAG = "realign.made_by"
+"""Of a run: a token of the tracker that made it, by which it knows what it made twice."""
 PROJECTED_TAG = "realign.projected"
 """Hash of what was projected: set last, so a run that has it is complete."""
 ATTACHED_TAG = "realign.attached"

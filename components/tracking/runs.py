@@ -8,15 +8,18 @@ outage is the same call and changes nothing.
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from components.errors import TrackingError
 from components.tracked import Point, TrackedRun, content_hash, flat
-from components.tracking.names import ATTACHED_TAG, DIFFERING_TAG, FINGERPRINT_TAG, PROJECTED_TAG
+from components.tracking.address import address_of, database_of, default_uri, is_local
+from components.tracking.local import ARTIFACTS, move_artifacts
+from components.tracking.names import ATTACHED_TAG, DIFFERING_TAG, FINGERPRINT_TAG, MAKER_TAG, PROJECTED_TAG
 from components.tracking.registry import Registered, Registry, log_metrics
-from components.tracking.server import default_uri, error_code, is_local, talking
+from components.tracking.server import error_code, talking
 
 _BATCH = 100
 _PARAM_CHARS = 6000
@@ -26,18 +29,14 @@ class Tracker(Registry):
     """A tracking server (or a local sqlite file) and one experiment on it."""
 
     def __init__(self, *, uri: str | None, experiment: str, workspace: Path) -> None:
-        """`uri` None means sqlite in the workspace, artifacts beside it. Raises TrackingError when out of reach."""
-        super().__init__(uri or default_uri(workspace))
+        """`uri` None means MLFLOW_TRACKING_URI, or else sqlite in the workspace, artifacts beside it. Raises TrackingError when
+        out of reach."""
+        super().__init__(address_of(uri, workspace))
         self._written: dict[str, tuple[str, str]] = {}
+        self._token = uuid.uuid4().hex
         self._about = f"the experiment {experiment}"
         with talking(self.uri, self._about):
             self.experiment_id = self._experiment(experiment, workspace)
-
-    def try_writing(self) -> None:
-        """Make a run in the experiment and delete it, to see whether this user may. Raises TrackingError."""
-        with talking(self.uri, self._about):
-            made = self.client.create_run(self.experiment_id, run_name="realign doctor")
-            self.client.delete_run(made.info.run_id)
 
     def project(self, run: TrackedRun, *, run_id: str | None = None, ended: bool = True) -> dict[str, str]:
         """Make MLflow show `run` and its children; returns the run id of "" (the run itself) and of each child by name.
@@ -65,13 +64,14 @@ class Tracker(Registry):
         is the identity of what they say: where the run has it already, nothing is written."""
         given = os.environ.get("MLFLOW_RUN_ID")
         with talking(self.uri, self._about):
-            found = self.client.get_run(given) if given else self._find(identity)
-            if found is None:
+            runs = [self.client.get_run(given)] if given else self._runs(identity)
+            if not runs:
                 raise TrackingError(f"tracking at {self.uri} has no run {identity}; run again to have it shown")
+            found = runs[0]
             if found.data.tags.get(ATTACHED_TAG) == content:
                 return
             for path in files:
-                self.client.log_artifact(found.info.run_id, str(path))
+                self.upload(found.info.run_id, path)
             self.client.set_tag(found.info.run_id, ATTACHED_TAG, content)
 
     def register(self, asked: Registered, *, experiment_id: str | None = None) -> str:
@@ -81,39 +81,55 @@ class Tracker(Registry):
     def _experiment(self, name: str, workspace: Path) -> str:
         from mlflow.exceptions import MlflowException
 
+        # A server chooses its own artifact root; locally MLflow would write into the current directory.
+        root = (workspace / ARTIFACTS).resolve().as_uri() if is_local(self.uri) else None
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            # A server chooses its own artifact root; locally MLflow would write into the current directory.
-            root = (workspace / "mlartifacts").resolve().as_uri() if is_local(self.uri) else None
             try:
                 return str(self.client.create_experiment(name, artifact_location=root))
             except MlflowException as error:
                 if error_code(error) != "RESOURCE_ALREADY_EXISTS":
                     raise
                 found = self.client.get_experiment_by_name(name)  # somebody made it meanwhile
-        if found.lifecycle_stage != "active":
-            raise TrackingError(f"experiment {name!r} on {self.uri} is deleted; restore it or choose another name")
+        require_active(found, name, self.uri)
+        old = str(found.artifact_location)
+        if self.uri == default_uri(workspace) and old != root and old.endswith(f"/{ARTIFACTS}"):
+            move_artifacts(database_of(self.uri), old, str(root))
         return str(found.experiment_id)
 
-    def _find(self, identity: str, parent: str | None = None) -> Any | None:
+    def _runs(self, identity: str, parent: str | None = None) -> list[Any]:
+        """Those with that identity, the earliest first."""
         query = f"tags.`{FINGERPRINT_TAG}` = '{identity}'"
         if parent is not None:
             query += f" and tags.`mlflow.parentRunId` = '{parent}'"
-        runs = self.client.search_runs([self.experiment_id], query, order_by=["attributes.start_time ASC"])
-        return runs[0] if runs else None
+        return list(self.client.search_runs([self.experiment_id], query, order_by=["attributes.start_time ASC"]))
 
-    def _make(self, run: TrackedRun, identity: str, parent: str | None) -> Any:
-        tags = {FINGERPRINT_TAG: identity}
+    def _make(self, run: TrackedRun, identity: str, parent: str | None) -> None:
+        tags = {FINGERPRINT_TAG: identity, MAKER_TAG: self._token}
         if parent is not None:
             tags["mlflow.parentRunId"] = parent
-        return self.client.create_run(self.experiment_id, run.started_ms, tags, run.name)
+        self.client.create_run(self.experiment_id, run.started_ms, tags, run.name)
 
     def _place(self, run: TrackedRun, identity: str, parent: str | None) -> str:
-        """The id of the MLflow run with that identity, which is made where there is none."""
+        """The id of the MLflow run with that identity, which is made where there is none.
+
+        mlflow asks again for what a server has done without its answer arriving, so one call can make a run twice: of runs
+        with the token of one tracker the first stays.
+        """
         if identity in self._written:
             return self._written[identity][0]
-        found = self._find(identity, parent) or self._make(run, identity, parent)
-        return str(found.info.run_id)
+        found = self._runs(identity, parent)
+        if not found:
+            self._make(run, identity, parent)
+            found = self._runs(identity, parent)
+        if not found:
+            raise TrackingError(f"tracking at {self.uri} does not show the run that was made there; run again")
+        first = found[0]
+        made_by = {self._token, first.data.tags.get(MAKER_TAG, self._token)}
+        for double in found[1:]:
+            if double.data.tags.get(MAKER_TAG) in made_by and not discard(self.client, double.info.run_id):
+                self.client.delete_tag(double.info.run_id, FINGERPRINT_TAG)  # nobody finds it any more
+        return str(first.info.run_id)
 
     def _write(self, run: TrackedRun, run_id: str, identity: str, *, close: bool) -> None:
         # What is shown of a run that goes on is not all of it, even where the end adds nothing but that it ended.
@@ -129,7 +145,7 @@ class Tracker(Registry):
             values = [Point(name, 0, value) for name, value in run.metrics.items()]
             log_metrics(self.client, run_id, [*values, *run.series], run.started_ms)
             for artifact in run.artifacts:
-                self.client.log_artifact(run_id, str(artifact))
+                self.upload(run_id, artifact)
             self._set_tags(run_id, {**run.tags, FINGERPRINT_TAG: identity})
             if differing:
                 self.client.set_tag(run_id, DIFFERING_TAG, ", ".join(differing))
@@ -151,3 +167,23 @@ class Tracker(Registry):
         entities = [RunTag(key, str(value)) for key, value in tags.items()]
         for start in range(0, len(entities), _BATCH):
             self.client.log_batch(run_id, tags=entities[start : start + _BATCH])
+
+
+def require_active(experiment: Any, name: str, uri: str) -> None:
+    """Raises TrackingError for an experiment that was deleted: its name stays taken."""
+    if experiment.lifecycle_stage != "active":
+        raise TrackingError(f"experiment {name!r} on {uri} is deleted; restore it or choose another name")
+
+
+def discard(client: Any, run_id: str) -> bool:
+    """Delete a run; who may write and not delete (the right EDIT) ends it as killed. Whether it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.delete_run(run_id)
+    except MlflowException as error:
+        if error.get_http_status_code() != 403:
+            raise
+        client.set_terminated(run_id, "KILLED")
+        return False
+    return True

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import random
+import sqlite3
 import ssl
 import time
 import urllib.error
 import urllib.request
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from components.errors import TrackingError
+from components.tracking.address import CREDENTIALS, checked, is_local, is_server, shown
+from components.tracking.local import make_database
+from components.tracking.process import held, restore
 
-CREDENTIALS = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-_ABANDONED_SECONDS = 600.0
-"""Age from which a database that was not finished belongs to a dead process."""
-_REQUESTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-"""mlflow by itself asks a server that is gone for four minutes; whoever sets these gets what they set."""
-
-
+_NO_SUCH_HOST = "Invalid Host header"
+"""What MLflow says with 403 to requests that call it by another name than it knows."""
 _ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _CROWDED = ("UNIQUE constraint", "duplicate key", "Duplicate entry", "database is locked", "Giving up after", "eadlock")
 _TRIES = 8
@@ -37,17 +36,26 @@ class TrackingUnavailableError(TrackingError):
 class Server:
     """An open connection. Opening it may take seconds: mlflow does."""
 
+    uri: str
+    """For showing: the address, without a database's password."""
+
     def __init__(self, uri: str) -> None:
         """Raises TrackingError when the server is out of reach, of another major version, or does not let us in."""
-        self.uri = uri
+        self._address = checked(uri)
+        self.uri = shown(uri)
         self.client: Any = None
         require_reachable(uri)
-        with talking(uri):
+        with talking(self.uri):
             import mlflow
 
             _require_version(uri, mlflow.__version__)
-            _make_database(uri)
-            self.client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+            try:
+                make_database(uri)
+                self.client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+            except (ImportError, ValueError) as error:  # a database's driver; what is no port
+                raise TrackingError(
+                    f"tracking at {self.uri} failed: {first_line(error)}; install what is missing, or correct the address"
+                ) from error
 
     @contextlib.contextmanager
     def as_default(self) -> Iterator[None]:
@@ -56,54 +64,34 @@ class Server:
 
         tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
         given = {key: os.environ.get(key) for key in _ADDRESSES}
-        mlflow.set_tracking_uri(self.uri)
-        mlflow.set_registry_uri(self.uri)
+        mlflow.set_tracking_uri(self._address)
+        mlflow.set_registry_uri(self._address)
         try:
             yield
         finally:
             mlflow.set_tracking_uri(tracking)
             mlflow.set_registry_uri(registry)
-            _restore(given)  # mlflow writes them there, too, and every process that is started inherits them
+            restore(given)  # mlflow writes them there, too, and every process that is started inherits them
 
+    def upload(self, run_id: str, path: Path) -> None:
+        """Log a file as an artifact. Raises TrackingError for whatever keeps their store from taking it: each has errors of its
+        own."""
+        from mlflow.exceptions import MlflowException
 
-def default_uri(workspace: Path) -> str:
-    """Where runs are tracked when no server is named."""
-    return f"sqlite:///{workspace.resolve() / 'mlflow.db'}"
-
-
-def is_local(uri: str) -> bool:
-    return uri.startswith("sqlite:")
-
-
-def database_of(uri: str) -> Path:
-    """The file of an sqlite address."""
-    return Path(uri.removeprefix("sqlite:///"))
-
-
-def _make_database(uri: str) -> None:
-    """MLflow builds an sqlite schema in dozens of steps, and a kill between two leaves a file that no later start can use. So
-    a new database is built beside its place and gets its name whole."""
-    from mlflow import MlflowClient
-
-    path = database_of(uri)
-    if not uri.startswith("sqlite:///") or path.exists() or not path.parent.is_dir():
-        return
-    for old in path.parent.glob(f".{path.name}.*"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
-                old.unlink()
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments(max_results=1)
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            os.link(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+        try:
+            self.client.log_artifact(run_id, str(path))
+        except (MlflowException, OSError):  # told as everything else
+            raise
+        except Exception as error:
+            raise TrackingError(
+                f"the artifacts of {self.uri} do not take {path.name}: {type(error).__name__}: {first_line(error)}; give what "
+                "their store asks for (a package, credentials), or have the server take them (--artifacts-destination)"
+            ) from error
 
 
 def require_reachable(uri: str, *, tries: int = 3, wait_s: float = 1.0) -> None:
     """mlflow itself retries for minutes before it says that nobody is there. Raises TrackingUnavailableError."""
-    if not uri.startswith(("http://", "https://")):
+    if not is_server(uri):
         return
     for left in reversed(range(tries)):
         try:
@@ -111,18 +99,14 @@ def require_reachable(uri: str, *, tries: int = 3, wait_s: float = 1.0) -> None:
             with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=10, context=_unverified(uri)):
                 return
         except urllib.error.HTTPError as error:
-            if error.code == 403:
-                raise TrackingError(
-                    f"{uri} answers 403: start `mlflow server` with --allowed-hosts that has this host's name"
-                ) from error
             if error.code not in (502, 503, 504):
-                return  # somebody is there; whether it is MLflow, the first real request says
+                return  # somebody is there; whether it is MLflow, and lets us in, the first real request says
             reason: Exception = error
-        except (urllib.error.URLError, TimeoutError, OSError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = error
         if left == 0:
             raise TrackingUnavailableError(
-                f"no tracking server answers at {uri} ({reason}); start it or correct tracking.uri"
+                f"no tracking server answers at {uri} ({first_line(reason)}); start it or correct tracking.uri"
             ) from reason
         time.sleep(wait_s)
 
@@ -134,13 +118,13 @@ def _unverified(uri: str) -> ssl.SSLContext | None:
 def _require_version(uri: str, ours: str) -> None:
     """Another major version has other routes and other meanings. A server that does not say its version is left to show by
     its answers what it is."""
-    if not uri.startswith(("http://", "https://")):
+    if not is_server(uri):
         return
     from mlflow.utils.rest_utils import http_request
 
     answer = http_request(_credentials(uri), "/version", "GET", raise_on_status=False)
-    if answer.status_code == 401:
-        raise TrackingError(_not_let_in(uri))
+    if answer.status_code in (401, 403):
+        raise _refused(uri, "", answer.status_code, answer.text)
     theirs = answer.text.strip() if answer.status_code == 200 else ""
     major = theirs.split(".")[0]
     if major.isdigit() and major != ours.split(".")[0]:
@@ -157,19 +141,29 @@ def _credentials(uri: str) -> Any:
     return get_default_host_creds(uri)
 
 
-def _not_let_in(uri: str) -> str:
+def _refused(uri: str, about: str, status: int, said: str) -> TrackingError:
+    """Of 401 and 403."""
+    if _NO_SUCH_HOST in said:
+        return TrackingError(
+            f"{uri} does not know itself by this name (403); start `mlflow server` with --allowed-hosts that has it"
+        )
     given = _credentials(uri)
+    if status == 403:
+        return TrackingError(
+            f"{uri} denies {given.username or 'you'} the rights on {about or 'what was asked'} (403); have EDIT on it granted, "
+            f"or set {CREDENTIALS} of somebody who has it"
+        )
     if given.username or given.token:
         who = f"name and password of {given.username}" if given.username else "token"
-        return f"{uri} does not take the {who} (401); correct {CREDENTIALS}"
-    return f"{uri} asks who you are (401); set {CREDENTIALS}"
+        return TrackingError(f"{uri} does not take the {who} (401); correct {CREDENTIALS}")
+    return TrackingError(f"{uri} asks who you are (401); set {CREDENTIALS}")
 
 
 @contextlib.contextmanager
 def talking(uri: str, about: str = "") -> Iterator[None]:
     """Around every exchange with MLflow: quiet, with an end to waiting, and with errors as TrackingError. `about` says for
     what one needs rights (`the model demo-zh`)."""
-    with _quiet(), _bounded(), _explained(uri, about):
+    with held(), _explained(uri, about):
         yield
 
 
@@ -181,33 +175,35 @@ def _explained(uri: str, about: str) -> Iterator[None]:
 
     try:
         yield
-    except SQLAlchemyError as error:
-        first = str(error).splitlines()[0]
+    except (SQLAlchemyError, sqlite3.Error) as error:
         raise TrackingError(
-            f"tracking at {uri} failed: {first}; free some space if the disk is full, and remove a local database that is "
-            "broken: the run is shown anew"
+            f"tracking at {uri} failed: {first_line(error)}; free some space if the disk is full, and remove a local "
+            "database that is broken: the run is shown anew"
         ) from error
     except RequestException as error:  # artifacts go past mlflow's own errors
         status = error.response.status_code if error.response is not None else 503
-        raise _in_words(uri, about, status, _first(error)) from error
+        raise _in_words(uri, about, status, first_line(error)) from error
     except MlflowException as error:
-        raise _in_words(uri, about, error.get_http_status_code(), _first(error), error.error_code) from error
+        raise _in_words(uri, about, error.get_http_status_code(), first_line(error), error.error_code) from error
+    except OSError as error:
+        if isinstance(error, ConnectionError | TimeoutError) and not is_local(uri):
+            raise _in_words(uri, about, 503, first_line(error)) from error
+        # Of a disk: a database's, or that of artifacts.
+        raise TrackingError(
+            f"tracking at {uri} failed: {first_line(error)}; free some space, or get rights there: the run is shown anew"
+        ) from error
 
 
-def _first(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    said = str(error).strip()
+    return shown(said.splitlines()[0]) if said else type(error).__name__
 
 
 def _in_words(uri: str, about: str, status: int, first: str, code: str = "") -> TrackingError:
     """`status`: of HTTP. To mlflow a server that gives no answer has answered 500, as one that lost its database does."""
-    if status == 401:
-        return TrackingError(_not_let_in(uri))
-    if status == 403:
-        who = _credentials(uri).username or "you"
-        return TrackingError(
-            f"{uri} denies {who} the rights on {about or 'what was asked'} (403); have EDIT on it granted, or set "
-            f"{CREDENTIALS} of somebody who has it"
-        )
+    if status in (401, 403):
+        return _refused(uri, about, status, first)
     if not is_local(uri) and (status == 429 or status >= 500):
         return TrackingUnavailableError(
             f"the tracking server at {uri} went away: {first}; nothing is lost: run again when it is back"
@@ -216,39 +212,6 @@ def _in_words(uri: str, about: str, status: int, first: str, code: str = "") -> 
     if code == "RESOURCE_DOES_NOT_EXIST":
         remedy = "was it deleted, or does MLFLOW_RUN_ID name a run of another server?"
     return TrackingError(f"tracking at {uri} failed: {first}; {remedy}")
-
-
-@contextlib.contextmanager
-def _bounded() -> Iterator[None]:
-    """mlflow reads these of the environment at each request."""
-    given = {key: os.environ.get(key) for key in _REQUESTS}
-    os.environ.update({key: value for key, value in _REQUESTS.items() if given[key] is None})
-    try:
-        yield
-    finally:
-        _restore(given)
-
-
-def _restore(given: Mapping[str, str | None]) -> None:
-    for key, value in given.items():
-        if value is None:
-            os.environ.pop(key, None)
-        else:
-            os.environ[key] = value
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """mlflow writes its progress (tables made, versions created) to stderr through a stream of its own: hold it closed
-    here and leave it afterwards as it was."""
-    from mlflow.utils.logging_utils import MLFLOW_LOGGING_STREAM
-
-    shown = MLFLOW_LOGGING_STREAM.enabled
-    MLFLOW_LOGGING_STREAM.enabled = False
-    try:
-        yield
-    finally:
-        MLFLOW_LOGGING_STREAM.enabled = shown
 
 
 def again(action: Callable[[], None]) -> None:

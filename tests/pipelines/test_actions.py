@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+from pathlib import Path
+from typing import cast
 
 from components.published import model_files, weights_sha256
 from components.records import OutputFile, Record
+from components.reporting.schema import RunSummary
 from pipelines.actions import _lineage
+from pipelines.run import _told
 
 
 def record(stage: str, fingerprint: str, files: dict[str, str]) -> Record:
@@ -36,3 +41,13 @@ def test_a_version_names_its_evaluation() -> None:
         "realign.evaluation": "evaluate/e1",
         "realign.parent.mask": "train_mask/m1",
     }
+
+
+def test_a_disk_that_is_full_takes_nothing_else_from_a_run(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / ".tracking.lease"))
+
+    summary, failed = cast("RunSummary", {}), list[str]()
+    assert not _told(tmp_path, summary, failed, full)
+    assert failed == summary["notes"]
+    assert "No space left on device; free some space" in failed[0]

@@ -20,6 +20,7 @@ from pipelines.doctor import Finding, doctor_lines, examine, fit
 from pipelines.doctor_disk import disk_findings
 from pipelines.doctor_machine import limit_findings, package_findings, tool_findings
 from pipelines.doctor_services import Services
+from pipelines.machine import GIB, gpus
 from tests.mlflow_server import ADMIN, PASSWORD, MlflowServer, create_user
 from tests.pipelines.small import small_config, write_config
 
@@ -146,29 +147,142 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("pipelines.doctor_machine.device_findings", lambda: broken(None))
     findings = examine(None, tmp_path, None)
     assert the(findings, "devices").found == "ZeroDivisionError: by zero"
+    assert all(one.remedy for one in findings if one.grade == "wrong")
     assert the(findings, "tokens").grade == "ok"
     assert not fit(findings)
 
 
 @pytest.mark.service
 def test_a_server_that_lets_in_some_and_others_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+    from mlflow.entities import ViewType
+    from mlflow.server.auth.client import AuthServiceClient
+
     config = load_config(write_config(tmp_path, small_config(tmp_path, finetunes=("zh",))))
     server = MlflowServer(tmp_path, authenticated=True).start()
+    client = MlflowClient(server.uri, server.uri)
 
-    def found(user: str, password: str, *, with_config: bool = True) -> Finding:
+    def log_in(user: str, password: str) -> None:
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+
+    def found(user: str, password: str, *, with_config: bool = True) -> Finding:
+        log_in(user, password)
         [finding] = Services(config if with_config else None, tmp_path, server.uri).tracking()
         return finding
 
     try:
         create_user(server.uri, "reader")
         wrong = found("reader", "no password of his")
-        assert wrong.grade == "wrong"
-        assert "MLFLOW_TRACKING_PASSWORD" in wrong.found
+        assert (wrong.grade, "does not take" in wrong.found, "MLFLOW_TRACKING_PASSWORD" in wrong.remedy) == (
+            "wrong", True, True,
+        )  # fmt: skip
         mine = found(*ADMIN)
-        assert (mine.grade, "lets this user write to the experiment small" in mine.found) == ("ok", True)
-        assert found("reader", PASSWORD).grade == "wrong"
+        assert (mine.grade, "lets this user write to the experiment small, its artifacts and" in mine.found) == (
+            "ok",
+            True,
+        )
+        # Nothing is left to see, and the run to come has its name.
+        assert [one.name for one in client.search_experiments()] == ["Default"]
+        assert client.search_registered_models() == []
+        made = [
+            one for one in client.search_experiments(view_type=ViewType.ALL) if one.name.startswith("realign-doctor")
+        ]
+        [run] = client.search_runs([made[0].experiment_id], run_view_type=ViewType.ALL)
+        assert (len(made), run.info.lifecycle_stage) == (1, "deleted")
+        assert len(list((tmp_path / "artifacts").rglob("realign-doctor.txt"))) == 1
+
+        experiment = client.create_experiment("small")
+        assert "the experiment small (403)" in found("reader", PASSWORD).found
+        log_in(*ADMIN)
+        AuthServiceClient(server.uri).grant_user_permission("reader", "experiment", experiment, "EDIT")
+        writes = found("reader", PASSWORD)
+        assert (writes.grade, "'realign doctor' stays in small, for" in writes.found) == ("ok", True), writes
+        log_in(*ADMIN)
+        assert [one.info.status for one in client.search_runs([experiment])] == ["KILLED"]
+        log_in(*ADMIN)
+        client.create_registered_model("small-zh")
+        denied = found("reader", PASSWORD)
+        assert (denied.grade, "the registered model small-zh (403)" in denied.found) == ("wrong", True)
+        assert denied.remedy.startswith("have EDIT on it granted")
         assert "lets this user read" in found("reader", PASSWORD, with_config=False).found
+        log_in(*ADMIN)
+        AuthServiceClient(server.uri).grant_user_permission("reader", "registered_model", "small-zh", "EDIT")
+        assert found("reader", PASSWORD).grade == "ok"
+        assert client.get_registered_model("small-zh").tags == {}
+        (artifacts := tmp_path / "artifacts").rename(tmp_path / "away")
+        artifacts.touch()
+        assert found(*ADMIN).grade == "wrong", "artifacts cannot be written"
     finally:
         server.kill()
+
+
+def test_no_database_is_made(tmp_path: Path) -> None:
+    [found] = Services(None, tmp_path, f"sqlite:///{tmp_path}/new.db").tracking()
+    assert (found.grade, "new.db yet: a run makes it" in found.found) == ("ok", True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_names_the_server_unless_somebody_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:s3cret@tracking.example")
+    services = Services(None, tmp_path, None)
+    [found] = services.tracking()
+    assert (found.grade, found.found) == (
+        "wrong",
+        "https://…@tracking.example: an address is shown and logged, so no name and no password may be in it",
+    )
+    assert found.remedy.startswith("set MLFLOW_TRACKING_USERNAME")
+    assert "new.db" in Services(None, tmp_path, f"sqlite:///{tmp_path}/new.db").tracking()[0].found
+
+
+_SMI = """#!/bin/sh
+case "$1" in
+-L) cat <<'END'
+GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77)
+  MIG 1g.5gb      Device  0: (UUID: MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f)
+  MIG 3g.20gb+me  Device  1: (UUID: MIG-cba663e8-9bed-5b25-b243-5985ef7c9beb)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d7-11ed-4a2b-8a5e-000000000000)
+END
+;;
+*) printf '0, GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77, 1024\n1, GPU-5d5ba0d7-11ed-4a2b-8a5e-000000000000, 2048\n' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "gib"),
+    [
+        (None, [1, 2]),
+        ("1,0", [2, 1]),
+        ("", []),
+        ("1,-1,0", [2]),
+        ("GPU-5d5ba0d7", [2]),
+        ("GPU-5d5ba0d", []),
+        ("MIG-cba663e8-9bed-5b25-b243-5985ef7c9beb", [19]),
+        ("MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f,MIG-cb", [4.75, 19]),
+    ],
+)
+def test_gpus_that_the_environment_names(
+    visible: str | None, gib: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA reads it: indices, UUIDs, begins of them that fit one, and slices of GPUs."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(_SMI)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [free / GIB for free in gpus()] == gib
+
+
+def test_the_version() -> None:
+    for option, said in (("--version", f"realign {metadata.version('safety-realign')}\n"), ("--help", "--version")):
+        done = subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", option], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert said in done.stdout

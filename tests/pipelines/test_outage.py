@@ -42,7 +42,7 @@ def measured(runs: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def test_what_was_logged_while_the_server_was_away_arrives(tmp_path: Path) -> None:
+def test_what_was_logged_while_the_server_was_away_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     server = MlflowServer(tmp_path).start()
@@ -86,8 +86,12 @@ def test_what_was_logged_while_the_server_was_away_arrives(tmp_path: Path) -> No
         assert f"no tracking server answers at {server.uri}" in said
         assert "Traceback" not in done.stderr
         server.start()
-        done = run(path, workspace)
+        del config["tracking"]["uri"]  # the environment may say it as well
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        done = run(write_config(tmp_path, config), workspace)
         assert done.returncode == 0, done.stderr
+        assert f"realign: MLflow is at {server.uri} (MLFLOW_TRACKING_URI)" in done.stderr
+        assert not (workspace / "mlflow.db").exists()
         assert measured(shown(server, "second")) == measured(found)
     finally:
         server.kill()

@@ -12,8 +12,9 @@ import pytest
 
 from components.errors import TrackingError
 from components.tracked import Point, TrackedRun
-from components.tracking import EVALUATION_TAG, Registered, Tracker, default_uri
+from components.tracking import EVALUATION_TAG, Registered, Tracker, address_of, default_uri
 from components.tracking.names import DIFFERING_TAG, FINGERPRINT_TAG, OLDER_METRICS_TAG
+from tests.lossy_proxy import lossy_proxy
 from tests.mlflow_server import MlflowServer, free_port
 
 STARTED = 1_700_000_000_000
@@ -55,10 +56,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.service)])
-def tracker(
-    request: pytest.FixtureRequest, tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> Tracker:
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+def tracker(request: pytest.FixtureRequest, tmp_path: Path, workspace: Path) -> Tracker:
     uri = request.getfixturevalue("server") if request.param == "server" else None
     return Tracker(uri=uri, experiment=f"realign-{tmp_path.name}", workspace=workspace)
 
@@ -146,7 +144,7 @@ def test_a_projection_that_was_cut_off_is_completed(tracker: Tracker, monkeypatc
         try:
             ids = tracker.project(tracked())
             break
-        except ConnectionError:
+        except TrackingError:
             breaks_at += 1
         assert breaks_at < 20
     assert breaks_at > 3
@@ -244,7 +242,7 @@ def test_a_version_shows_its_latest_evaluation(tracker: Tracker, monkeypatch: py
             whole(self, name, version, key, value)
 
         patch.setattr(type(mlflow), "set_model_version_tag", breaks)
-        with pytest.raises(ConnectionError):
+        with pytest.raises(TrackingError):
             evaluated("new")
     for which, left in (("new", "sets/a/asr"), ("new", "sets/a/asr"), ("old", "sets/b/asr"), ("old", "sets/b/asr")):
         assert evaluated(which) == "1"
@@ -291,31 +289,94 @@ def test_a_registration_that_died_half_way_is_finished(tracker: Tracker, monkeyp
     assert str(client(tracker).get_model_version_by_alias(options["name"], "candidate").version) == "1"
 
 
-def test_local_tracking_stays_in_the_workspace_and_is_silent(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+def test_local_tracking_stays_in_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     tracker = Tracker(uri=None, experiment="quiet", workspace=workspace)
-    ids = tracker.project(tracked())
-    register(
-        tracker,
-        name="q",
-        weights_uri="/w",
-        sha256="a",
-        fingerprint="f",
-        run_id=ids["zh"],
-        metrics={"asr": 0.0},
-        time_ms=STARTED,
-    )
+    shown_all(tracker, "q")
     assert tracker.uri == default_uri(workspace)
     assert sorted(p.name for p in workspace.iterdir()) == ["mlartifacts", "mlflow.db"]
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+    # The workspace moves, and takes with it what was there and what comes.
+    workspace.rename(tmp_path / "moved")
+    report = tmp_path / "report.html"
+    report.write_text("the report")
+    there = Tracker(uri=None, experiment="quiet", workspace=tmp_path / "moved")
+    there.attach(tracked().fingerprint, [report], content="a")
+    assert not workspace.exists()
+    [run_id] = [run.info.run_id for run in client(there).search_runs(["1"]) if run.info.run_name == "demo"]
+    assert Path(client(there).download_artifacts(run_id, "report.html")).read_text() == "the report"
+    assert len(list((tmp_path / "moved" / "mlartifacts").rglob("report.html"))) == 1
+
+
+def shown_all(tracker: Tracker, name: str) -> None:
+    """A run, its children and a registered model."""
+    run_id = tracker.project(tracked())["zh"]
+    asked: dict[str, Any] = {"weights_uri": "/w", "sha256": "a", "fingerprint": "f", "metrics": {"asr": 0.0}}
+    register(tracker, name=name, run_id=run_id, time_ms=STARTED, **asked)
+
+
+def test_tracking_is_silent(tracker: Tracker, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    shown_all(tracker, "silent-" + tracker.experiment_id)
     written = capfd.readouterr()
     assert (written.out, written.err) == ("", "")
+
+
+def test_artifacts_that_the_disk_does_not_take_are_said(tracker: Tracker, tmp_path: Path) -> None:
+    run = replace(tracked(), fingerprint=f"full-{tmp_path.name}", children=[])
+    tracker.project(run)
+    with pytest.raises(TrackingError, match=r"tracking at .* failed: .*absent\.html"):
+        tracker.attach(run.fingerprint, [tmp_path / "absent.html"], content="a")
+
+
+def test_a_store_of_artifacts_that_asks_for_something_else_is_said(
+    tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may leave artifacts to its clients; this one's store wants credentials that are not there."""
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for variable in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "absent"))
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(variable, raising=False)
+    tracker = Tracker(uri=None, experiment=f"store-{tmp_path.name}", workspace=workspace)
+    elsewhere = client(tracker).create_experiment(f"elsewhere-{tmp_path.name}", artifact_location="s3://nobody/x")
+    tracker.experiment_id = elsewhere
+    page = tmp_path / "page.html"
+    page.write_text("")
+    with pytest.raises(TrackingError, match=r"do not take page\.html: .*--artifacts-destination"):
+        tracker.project(replace(tracked(), children=[], artifacts=[page]))
+
+
+@pytest.mark.service
+def test_a_run_whose_making_was_not_answered_is_made_once(server: str, tmp_path: Path) -> None:
+    """mlflow asks again, and the server has made it already."""
+    with lossy_proxy(server) as proxy:
+        tracker = Tracker(uri=proxy.uri, experiment=f"lost-{tmp_path.name}", workspace=tmp_path)
+        proxy.losing = ["runs/create"] * 3
+        ids = tracker.project(tracked())
+    assert proxy.losing == []
+    found = client(Tracker(uri=server, experiment=f"lost-{tmp_path.name}", workspace=tmp_path)).search_runs(
+        [tracker.experiment_id]
+    )
+    assert {run.info.run_id for run in found} == set(ids.values())
+    assert {run.info.status for run in found} == {"FINISHED", "FAILED"}
+
+
+@pytest.mark.service
+def test_the_environment_says_where_unless_something_is_named(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    assert Tracker(uri=None, experiment="named-by-the-environment", workspace=tmp_path).uri == server
+    assert list(tmp_path.iterdir()) == []
+    own = default_uri(tmp_path)
+    assert address_of(own, tmp_path) == own
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert address_of(None, tmp_path) == own
 
 
 def test_a_database_that_was_not_finished_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

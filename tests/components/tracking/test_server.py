@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from components.errors import TrackingError
 from components.tracked import TrackedRun
 from components.tracking import CHAMPION, Registered, Registry, Tracker, TrackingUnavailableError
 from components.tracking.promotions import Ledger
+from components.tracking.server import require_reachable, talking
 from tests.mlflow_server import ADMIN, PASSWORD, MlflowServer, create_user
 
 RUN = TrackedRun(name="run", fingerprint="0123456789abcdef0123", started_ms=1_700_000_000_000)
@@ -30,8 +34,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 
 
 def log_in(monkeypatch: pytest.MonkeyPatch, name: str, password: str = PASSWORD) -> None:
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", name)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
 
@@ -94,30 +96,109 @@ def test_rights_that_are_missing_are_named_and_suffice_once_granted(
     assert bob.aliases("of-ann") == {"candidate": 2, "champion": 2, "previous": 1}
 
 
-class _OfVersion2(BaseHTTPRequestHandler):
-    """Answers as MLflow 2 does to what is asked before anything else."""
+@contextlib.contextmanager
+def answering(answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]]) -> Iterator[str]:
+    """The address of somebody who answers every GET like that."""
 
-    def do_GET(self) -> None:
-        answers = {"/health": b"OK", "/version": b"2.22.4"}
-        self.send_response(200 if self.path in answers else 404)
-        self.end_headers()
-        self.wfile.write(answers.get(self.path, b""))
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, content = answer(self)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content)
 
-    def log_message(self, *_: Any) -> None:
-        pass
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_address[1]}"
+        listening.shutdown()
 
 
 def test_a_server_of_another_major_version_is_refused(tmp_path: Path) -> None:
     import mlflow
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), _OfVersion2) as old:
-        threading.Thread(target=old.serve_forever, daemon=True).start()
-        uri = f"http://127.0.0.1:{old.server_address[1]}"
-        with pytest.raises(
-            TrackingError, match=rf"{uri} is MLflow 2\.22\.4, and this is MLflow {mlflow.__version__}: "
-        ):
-            Tracker(uri=uri, experiment="x", workspace=tmp_path)
-        old.shutdown()
+    with (
+        answering(lambda request: {"/health": (200, b"OK"), "/version": (200, b"2.22.4")}[request.path]) as uri,
+        pytest.raises(TrackingError, match=rf"{uri} is MLflow 2\.22\.4, and this is MLflow {mlflow.__version__}: "),
+    ):
+        Tracker(uri=uri, experiment="x", workspace=tmp_path)
+
+
+def test_a_proxy_that_wants_a_token_for_everything_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    def proxy(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        let_in = request.headers.get("Authorization") == "Bearer the-token"
+        return (200, mlflow.__version__.encode()) if let_in else (403, b"RBAC: access denied")
+
+    with answering(proxy) as uri:
+        with pytest.raises(TrackingError, match=r"denies you the rights .*\(403\).* set MLFLOW_TRACKING_USERNAME"):
+            Registry(uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "the-token")
+        assert Registry(uri).uri == uri
+
+
+def test_a_name_that_the_server_does_not_know_is_said_with_its_remedy() -> None:
+    said = b"Invalid Host header - possible DNS rebinding attack detected"
+    with answering(lambda _: (403, said)) as uri, pytest.raises(TrackingError, match="--allowed-hosts"):
+        Registry(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("http://localhost:abc", r"no address of a tracking server \(Port could not be cast"),
+        ("http://host with space:5", "no address of a tracking server"),
+        ("http://user:s3cret@mlflow:5000", r"http://…@mlflow:5000: .*set MLFLOW_TRACKING_USERNAME and"),
+        ("http://s3cret@mlflow:5000", r"http://…@mlflow:5000: "),
+        ("nonsense://s3cret@mlflow/x", r"tracking at nonsense://…@mlflow/x failed"),
+        ("postgresql+nobody://u:s3cret@127.0.0.1/x", r"tracking at postgresql\+nobody://…@127\.0\.0\.1/x failed"),
+        (
+            "mssql+pymssql://u:s3cret@127.0.0.1/x",
+            r"…@127\.0\.0\.1/x failed: No module named .*; install what is missing",
+        ),
+        ("mssql+pymssql://u:s3cret@127.0.0.1:abc/x", r"…@127\.0\.0\.1:abc/x failed: "),
+    ],
+)
+def test_addresses_that_cannot_be_are_said_without_their_passwords(uri: str, said: str) -> None:
+    with pytest.raises(TrackingError, match=said) as error:
+        Registry(uri)
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_port_that_speaks_something_else_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def greet(listening: socket.socket) -> None:
+        for _ in range(2):
+            with listening.accept()[0] as somebody:
+                somebody.recv(4096)
+                somebody.sendall(b"SSH-2.0-OpenSSH_9.0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=greet, args=(listening,), daemon=True).start()
+        uri = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(TrackingUnavailableError, match=rf"no tracking server answers at {uri} \(SSH-2\.0"):
+            require_reachable(uri, tries=2, wait_s=0)
+
+
+def test_what_is_set_for_the_whole_process_stays_until_the_last_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.utils.logging_utils import MLFLOW_LOGGING_STREAM
+
+    def state() -> tuple[str | None, str | None, bool]:
+        bounds = [os.environ.get(f"MLFLOW_HTTP_REQUEST_{what}") for what in ("TIMEOUT", "MAX_RETRIES")]
+        return bounds[0], bounds[1], MLFLOW_LOGGING_STREAM.enabled
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    before = state()
+    one, two = talking("sqlite:///x"), talking("sqlite:///x")
+    one.__enter__()
+    two.__enter__()
+    assert state() == ("30", "1", False)
+    one.__exit__(None, None, None)
+    assert state() == ("30", "1", False)
+    two.__exit__(None, None, None)
+    assert state() == before == (None, "1", True)
 
 
 @pytest.mark.service
