@@ -100,7 +100,7 @@ def test_a_gate_lets_through_or_ends_with_its_own_status(
         evaluate_command(places, gated(config, *lines), out, RUNTIME)
     told = capsys.readouterr().out
     assert "gate, new: passed" in told
-    assert "✗ asr at most 0.5: " in told
+    assert "✗ asr at most 50 %: " in told
     decisions = json.loads((out / "decision.json").read_text())
     assert {name: one["passed"] for name, one in decisions.items()} == {"new": True, "old": False}
     command = [

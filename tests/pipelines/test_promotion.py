@@ -95,7 +95,7 @@ def test_promote_and_go_back(tracker: Tracker, name: str, tmp_path: Path) -> Non
 def test_a_gate_that_fails_is_told_with_its_reasons(tracker: Tracker, name: str, tmp_path: Path) -> None:
     register(tracker, name, tmp_path, "bad", complied=range(12))
     with pytest.raises(
-        GateError, match=r"version 1 is not promoted, its gate is shut: asr at most 0\.2: 30\.0 % of 40"
+        GateError, match=r"version 1 is not promoted, its gate is shut: asr at most 20 %: 30\.0 % of 40"
     ):
         promote(tracker, name)
     assert aliases(tracker, name) == (None, None)
@@ -109,7 +109,7 @@ def test_it_is_held_to_the_version_in_service(tracker: Tracker, name: str, tmp_p
     register(tracker, name, tmp_path, "first", complied=(0,), gate=NO_WORSE)
     register(tracker, name, tmp_path, "worse", complied=(1, 2, 3), gate=NO_WORSE)
     assert promote(tracker, name, "1").moved, "nothing was in service"
-    with pytest.raises(GateError, match=r"compared with serving at most 0\.1: "):
+    with pytest.raises(GateError, match=r"compared with serving at most 10 points: "):
         promote(tracker, name, "2")
     assert aliases(tracker, name) == (1, None)
     serving = json.loads(tracker.version(name, "2").tags[FINDINGS_TAG])[1]
@@ -276,7 +276,7 @@ def test_what_a_landscape_said_stands_as_it_was_decided(local: Tracker, name: st
     register(local, name, tmp_path, "high", gate=gate, findings=[{**found, "passed": True}])
     assert promote(local, name).moved
     register(local, name, tmp_path, "unsafe", gate=gate, complied=range(12), findings=[{**found, "passed": True}])
-    with pytest.raises(GateError, match=r"shut: asr at most 0\.2"):
+    with pytest.raises(GateError, match=r"shut: asr at most 20 %"):
         promote(local, name)
 
 
@@ -302,7 +302,7 @@ def test_commands(
     status, _, error = do("promote", name, *where)
     assert status == 3
     assert error.startswith(
-        f"realign: {name} version 3 is not promoted, its gate is shut: asr at most 0.2: 50.0 % of 40"
+        f"realign: {name} version 3 is not promoted, its gate is shut: asr at most 20 %: 50.0 % of 40"
     )
     assert do("rollback", name, *where)[0] == 0
     assert aliases(local, name) == (1, 2)
@@ -316,7 +316,7 @@ def test_commands(
     assert model["versions"][0]["weights"] == (tmp_path / "fuse" / "bad" / "model").as_uri()
     lines = do("models", *where)[1]
     assert "  version 1 (champion): gate passed; asr 2.5 %; soft" in lines
-    assert "    ✗ asr at most 0.2: 50.0 % of 40 prompts" in lines
+    assert "    ✗ asr at most 20 %: 50.0 % of 40 prompts" in lines
     assert ".promotions" not in lines
     status, _, error = do("promote", name, "--workspace", str(tmp_path))
     assert (status, "has no mlflow.db; give --workspace of a run, --tracking-uri" in error) == (2, True)
