@@ -28,9 +28,12 @@ def test_the_weights_hash_is_a_sha256_over_the_models_files() -> None:
     assert weights_sha256(model_files(record("fuse", "f1", {**files, "model/a.json": "12"}))) != expected
 
 
-def test_a_version_names_its_evaluation() -> None:
-    tags = _lineage(record("fuse", "f1", {}), record("evaluate", "e1", {}), "soft")
+def test_a_version_names_its_evaluation_and_what_it_said() -> None:
+    evaluated = record("evaluate", "e1", {"test/answers/a.jsonl": "11"})
+    tags = _lineage(record("fuse", "f1", {}), evaluated, "soft")
+    said = hashlib.sha256(b'{"outputs":{"test/answers/a.jsonl":"11"},"semantics":{}}').hexdigest()
     assert tags == {
+        "realign.evaluation.sha256": said,
         "realign.form": "soft",
         "realign.record": "fuse/f1",
         "realign.evaluation": "evaluate/e1",
