@@ -23,7 +23,8 @@ from pipelines.gate import InService, registered_name
 from pipelines.identity import run_identity
 from pipelines.landscapes import STEPS, landscape_metrics, pictures_of
 from pipelines.patience import Patience
-from pipelines.promotion import evaluation_in_service, evaluation_tags, gate_tags, gate_word, promote
+from pipelines.promotion import promote
+from pipelines.versions import evaluation_in_service, evaluation_tags, gate_tags, gate_word
 
 VARIANTS = {"before": "before", **{form: f"after_{form}" for form in (*FORMS, "adapter")}}
 """Variant of a model -> key of its rates in the summary."""

@@ -1,49 +1,37 @@
 """Promotion and rollback: which version of a realigned model is in service, held to its weights and its gate once more.
 
-A version says of itself all that this needs (components/tracking/names.py): where its weights and its evaluation lie, and what
+A version says of itself all that this needs (versions.py): where its weights and its evaluation lie, and what
 its gate demands. So a promotion needs no run config, and is the same from the command line and as an action of a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import unquote, urlparse
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from components.errors import GateError, RealignError, StorageError, TrackingError, listed
 from components.evaluation.capability.settings import settings_of
-from components.evaluation.gates import VISAGE, Decision, Finding, Measured, Reference, Requirement, decide
+from components.evaluation.gates import VISAGE, Decision, Finding, Measured, Reference, decide
 from components.evaluation.outcomes import NamedSet
 from components.evaluation.settings import SetKind
-from components.published import MODEL, altered, changed_files, evaluation_sha256, model_files, weights_sha256
+from components.published import changed_files, model_files, weights_sha256
 from components.records import RECORD_FILE, Record
 from components.storage import Workspace
-from components.tracking import (
-    CANDIDATE,
-    EVALUATION_TAG,
-    GATE_TAG,
-    PREVIOUS,
-    Registry,
-    TrackingUnavailableError,
-    Version,
-)
-from components.tracking.names import (
-    FINDINGS_TAG,
-    RECORD_TAG,
-    REQUIREMENTS_TAG,
-    SHA256_TAG,
-    TAG_CHARS,
-    WEIGHTS_TAG,
-)
+from components.tracking import CANDIDATE, EVALUATION_TAG, PREVIOUS, Registry, TrackingUnavailableError, Version
+from components.tracking.names import SHA256_TAG, WEIGHTS_TAG
 from components.tracking.promotions import Ledger, Service
-from components.tracking.server import as_json
 from pipelines.gate import measured, serving
-
-T = TypeVar("T")
+from pipelines.versions import (
+    evaluation_in_service,
+    evaluation_of,
+    gate_tags,
+    kept_findings,
+    requirements_of,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)
@@ -149,18 +137,6 @@ def require_unchanged(version: Version, workspace: Path | None = None) -> None:
         )
 
 
-def weights_of(version: Version, workspace: Path | None = None) -> Path:
-    """The directory with a version's weights: in `workspace` where it has that result, else where they were registered.
-    Raises StorageError for weights that are no directory."""
-    result = version.tags.get(RECORD_TAG)
-    if workspace is not None and result is not None and (workspace / result / MODEL).is_dir():
-        return workspace / result / MODEL
-    place = urlparse(version.tags[WEIGHTS_TAG])
-    if place.scheme not in ("", "file"):
-        raise StorageError(f"{version} lies at {version.tags[WEIGHTS_TAG]}; only weights in a directory can be checked")
-    return Path(unquote(place.path))
-
-
 def decided(registry: Registry, version: Version, champion: int | None, workspace: Path | None = None) -> Decision:
     """Hold a version to the gate it was registered with, against the version in service now.
 
@@ -169,72 +145,23 @@ def decided(registry: Registry, version: Version, champion: int | None, workspac
     """
     requirements = requirements_of(version)
     root = weights_of(version, workspace).parents[2]
-    own = _evaluation(version, EVALUATION_TAG, root)
+    own = evaluation_of(version, EVALUATION_TAG, root)
     sets = _sets(own)
     references: dict[Reference, Measured | None] = {}
     for than in {one.than for one in requirements}:
         if than == "serving":
             references[than] = _serving(registry, version, champion, own, root)
         elif than is not None and (key := f"{EVALUATION_TAG}.{than}") in version.tags:
-            references[than] = measured(Workspace(root), _evaluation(version, key, root), sets)
+            references[than] = measured(Workspace(root), evaluation_of(version, key, root), sets)
     settings = own.semantics["evaluation"]
     now = [one for one in requirements if one.metric != VISAGE]
-    known = _kept_findings(version)
+    known = kept_findings(version)
     if now:
         model = measured(Workspace(root), own, sets)
         fresh = decide(now, model, references, confidence=settings["confidence"], interval=settings["interval"])
         known |= {one.requirement: one for one in fresh.findings}
     findings = tuple(known[str(one)] for one in requirements)
     return Decision(all(one.passed for one in findings), findings)
-
-
-def evaluation_in_service(registry: Registry, name: str, champion: int, root: Path) -> tuple[Workspace, Record]:
-    """The evaluation of the version in service, in the workspace `root` or in its own. Raises TrackingError where it names
-    none, StorageError for one that is not there or was changed."""
-    version = registry.version(name, str(champion))
-    if EVALUATION_TAG not in version.tags:
-        raise TrackingError(f"{version} names no evaluation; register it by a run")
-    stage, _, fingerprint = version.tags[EVALUATION_TAG].partition("/")
-    here = Workspace(root).record(stage, fingerprint) is not None
-    place = root if here else weights_of(version).parents[2]
-    return Workspace(place), _evaluation(version, EVALUATION_TAG, place)
-
-
-def evaluation_tags(record: Record, of: str | None = None) -> dict[str, str]:
-    """What a version says of an evaluation: its own, or that `of` another model that its gate compares it with."""
-    key = EVALUATION_TAG if of is None else f"{EVALUATION_TAG}.{of}"
-    return {key: record.reference, f"{key}.sha256": evaluation_sha256(record)}
-
-
-def requirements_of(version: Version) -> tuple[Requirement, ...]:
-    """The gate that a version was registered with. Raises GateError where it had none, TrackingError for one it cannot read."""
-    if REQUIREMENTS_TAG not in version.tags or version.tags.get(GATE_TAG) == "none":
-        raise GateError(
-            f"{version} has no gate: nobody has said when it may serve; give the run config one, run it again"
-        )
-    return _parsed(version, REQUIREMENTS_TAG, TypeAdapter(tuple[Requirement, ...]))
-
-
-def gate_word(gate: Mapping[str, Any] | None) -> str:
-    """A gate's decision as GATE_TAG says it."""
-    return "none" if gate is None else "passed" if gate["passed"] else "shut"
-
-
-def gate_tags(gate: Mapping[str, Any] | None, requirements: Sequence[Requirement]) -> dict[str, str]:
-    """What a version says of its gate: the decision, what was demanded, and what became of that."""
-    if gate is None:
-        return {GATE_TAG: gate_word(gate)}
-    demanded = as_json([one.model_dump(exclude_none=True) for one in requirements])
-    if len(demanded) > TAG_CHARS:
-        raise TrackingError(f"a gate of {len(requirements)} requirements is too long for a tag; split it")
-    findings = [dict(one) for one in gate["findings"]]
-    while len(as_json(findings)) > TAG_CHARS:  # it can be decided again; what it demands must stay
-        findings.pop()
-    return {
-        GATE_TAG: gate_word(gate),
-        REQUIREMENTS_TAG: demanded,
-        FINDINGS_TAG: as_json(findings),
-    }
 
 
 def reasons(findings: Sequence[Finding]) -> str:
@@ -253,45 +180,6 @@ def _require_ours(version: Version) -> None:
             f"{version} was registered by another tool: it does not say where its weights lie and what they were "
             f"({WEIGHTS_TAG}, {SHA256_TAG}); promote a version that `realign run` registered"
         )
-
-
-def _kept_findings(version: Version) -> dict[str, Finding]:
-    """What became of each requirement when the gate was decided last; what is not known has failed."""
-    given = _parsed(version, FINDINGS_TAG, TypeAdapter(list[Finding])) if FINDINGS_TAG in version.tags else []
-    known = {one.requirement: one for one in given}
-    absent = {str(one) for one in requirements_of(version)} - known.keys()
-    return known | {name: Finding(name, False, None, None, None, 0, "not recorded") for name in absent}
-
-
-def _parsed(version: Version, tag: str, form: TypeAdapter[T]) -> T:
-    try:
-        return form.validate_json(version.tags[tag])
-    except ValidationError as error:
-        raise TrackingError(
-            f"{version}: its tag {tag} was written by another version of realign, or by hand; run its config again, or use "
-            "the realign that registered it"
-        ) from error
-
-
-def _evaluation(version: Version, tag: str, root: Path) -> Record:
-    """The evaluation that a version's tag names, when it is as it was registered."""
-    reference = version.tags[tag]
-    stage, _, fingerprint = reference.partition("/")
-    workspace = Workspace(root)
-    record = workspace.record(stage, fingerprint)
-    if record is None:
-        raise StorageError(
-            f"{version}: its evaluation {reference} is not in {root}; give --workspace where it lies now"
-        )
-    directory = workspace.result_dir(stage, fingerprint)
-    wrong = altered(directory, record.outputs)
-    if wrong:
-        raise StorageError(f"{directory} was changed: {listed(wrong)}; remove it, run again")
-    if version.tags.get(f"{tag}.sha256") != evaluation_sha256(record):
-        raise StorageError(
-            f"{directory} is not the evaluation that {version} was registered with; run its config again"
-        )
-    return record
 
 
 def _sets(record: Record) -> list[NamedSet]:

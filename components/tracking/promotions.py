@@ -9,13 +9,12 @@ promotion is an entry in it (a version, with its content in the tags that are cr
 Entry n *holds* where the last one that held before it is indeed k; else somebody was faster, and it is void for everybody
 for ever. Its promoter sees that and decides again, against the version that is in service now.
 
-**The last entry that holds says who is in service, and nothing else does.** All readers agree on it, and the aliases are a
-copy of it for those who serve: written after the entry, and put right by every promotion, rollback and promoting run that
-finds them different. Nobody can tell a late writer's alias from one that was moved by hand, so a move by hand lasts until
-then; who wants it to last makes it an entry (`realign promote`, `realign rollback`). A lock with an expiry could not give
-that: a holder that was thought dead and was not would still move aliases. Here a promoter that died between its entry and
-the aliases is finished by the next command, and what one that wakes up late writes is as wrong as a move by hand, to nobody who
-asks the ledger, and for as long: it looks again afterwards and writes what the ledger says then.
+**The last entry that holds says who is in service, and nothing else does.** All readers agree on it. The aliases are a copy
+for those who serve: written after the entry, and put right by the next promotion, rollback or promoting run that finds them
+different. A promoter that died before it wrote them is finished so, and one that wakes up late and writes old ones misleads
+nobody who asks the ledger; it looks again afterwards and writes what the ledger says by then. Since nobody can tell an alias
+of a late writer from one that was moved by hand, a move by hand lasts no longer: `realign promote` and `realign rollback` are
+how to move them. A lock with an expiry could not give that: a holder that was thought dead and was not still moves aliases.
 
 Where the ledger names nobody, the aliases count as they are: before its first entry, and for a version that was deleted. An
 entry carries the time at which its model was made, and counts for no model of the same name that was made anew.

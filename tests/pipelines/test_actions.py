@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from components.errors import GateError
 from components.published import model_files, weights_sha256
 from components.records import OutputFile, Record
+from pipelines import actions
 from pipelines.actions import _lineage
 
 
@@ -39,3 +46,20 @@ def test_a_version_names_its_evaluation_and_what_it_said() -> None:
         "realign.evaluation": "evaluate/e1",
         "realign.parent.mask": "train_mask/m1",
     }
+
+
+def test_a_promotion_that_is_tried_again_is_noted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where the server went away after the first of two models was refused."""
+    entry: Any = {
+        "name": "zh", "gate": {"passed": True}, "registry": {"name": "m-zh", "version": "1"}, "notes": ["gate: one"]
+    }  # fmt: skip
+    summary: Any = {"finetunes": [entry], "merged": []}
+    run: Any = SimpleNamespace(workspace=SimpleNamespace(root=tmp_path))
+    for said in ("shut", "still shut"):
+
+        def refused(*_: Any, said: str = said, **__: Any) -> None:
+            raise GateError(said)
+
+        monkeypatch.setattr(actions, "promote", refused)
+        assert actions._promote_all(run, summary, None) == ["zh"]  # type: ignore[arg-type]
+    assert entry["notes"] == ["gate: one", "promote: still shut"]

@@ -14,7 +14,7 @@ from components.records import RECORD_FILE, Record, hash_outputs
 from components.tracked import TrackedRun
 from components.tracking import Registered, Tracker
 from components.tracking.names import RECORD_TAG
-from pipelines.promotion import evaluation_tags, gate_tags
+from pipelines.versions import evaluation_tags, gate_tags
 
 PROMPTS = 40
 ASR = (Requirement(metric="asr", at_most=0.2),)

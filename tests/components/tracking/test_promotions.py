@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -63,9 +64,9 @@ def test_exactly_one_of_those_that_were_decided_alike_holds_in_every_order() -> 
     assert met > 3000
 
 
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    return Registry(default_uri(tmp_path_factory.mktemp("ledger")))
+@pytest.fixture
+def registry(workspace: Path) -> Registry:
+    return Registry(default_uri(workspace))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from components.errors import TrackingError
 from components.tracked import Point, TrackedRun
 from components.tracking import EVALUATION_TAG, Registered, Tracker, default_uri
 from components.tracking.names import DIFFERING_TAG, FINGERPRINT_TAG, OLDER_METRICS_TAG
-from tests.mlflow_server import MlflowServer, free_port
+from tests.mlflow_server import free_port
 
 STARTED = 1_700_000_000_000
 
@@ -39,28 +38,6 @@ def tracked() -> TrackedRun:
         metrics={"aligned/asr": 0.01},
         children=[zh, hi],
     )
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    running = MlflowServer(tmp_path_factory.mktemp("mlflow-server")).start()
-    yield running.uri
-    running.kill()
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One local store for all tests: making its tables takes seconds."""
-    return tmp_path_factory.mktemp("mlflow-local")
-
-
-@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.service)])
-def tracker(
-    request: pytest.FixtureRequest, tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> Tracker:
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
-    uri = request.getfixturevalue("server") if request.param == "server" else None
-    return Tracker(uri=uri, experiment=f"realign-{tmp_path.name}", workspace=workspace)
 
 
 def client(tracker: Tracker) -> Any:
