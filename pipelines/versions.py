@@ -95,7 +95,7 @@ def evaluation_of(version: Version, tag: str, root: Path) -> Record:
         raise StorageError(f"{directory} was changed: {listed(wrong)}; remove it, run again")
     if version.tags.get(f"{tag}.sha256") != evaluation_sha256(record):
         raise StorageError(
-            f"{directory} is not the evaluation that {version} was registered with; run its config again"
+            f"{directory} is not the evaluation that {version} was registered with; remove it, run again"
         )
     return record
 
