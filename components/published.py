@@ -29,6 +29,12 @@ def weights_sha256(files: Mapping[str, OutputFile]) -> str:
     return hashlib.sha256(canonical_json(hashes).encode()).hexdigest()
 
 
+def evaluation_sha256(record: Record) -> str:
+    """One SHA-256 for an evaluation: over what was asked and how, and the hashes of its files."""
+    hashes = {name: file.sha256 for name, file in record.outputs.items()}
+    return hashlib.sha256(canonical_json({"semantics": record.semantics, "outputs": hashes}).encode()).hexdigest()
+
+
 def altered(directory: Path, recorded: Mapping[str, OutputFile]) -> list[str]:
     """Which recorded files are not as they were, as `name is missing` or `name has changed`. Every one is read whole.
 
@@ -44,12 +50,18 @@ def altered(directory: Path, recorded: Mapping[str, OutputFile]) -> list[str]:
 def changed_files(directory: Path, recorded: Mapping[str, OutputFile]) -> list[str]:
     """What of a model's directory is not as it was recorded: as `altered`, or `name was not there`.
 
-    Documents and pictures that were added do not count; anything else that a loader may find does.
+    Documents and pictures that were added do not count; anything else that a loader may find does, also a link to a directory,
+    whatever lies in there.
     """
     wrong = altered(directory, recorded)
     with storage_errors(directory):
-        there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    added = sorted(name for name in there - recorded.keys() if Path(name).suffix.lower() not in _DOCUMENTS)
+        there = [path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()]
+        names = {path.relative_to(directory).as_posix(): path.is_file() for path in there}
+    added = sorted(
+        name
+        for name in names.keys() - recorded.keys()
+        if not names[name] or Path(name).suffix.lower() not in _DOCUMENTS
+    )
     return wrong + [f"{name} was not there" for name in added]
 
 

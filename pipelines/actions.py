@@ -13,20 +13,24 @@ from components.published import MODEL, model_files, weights_sha256
 from components.records import Record
 from components.reporting.heat_map import density_svg, layer_figures
 from components.reporting.schema import FinetuneSummary, RunSummary, shown_models
-from components.storage import storage_errors, write_atomic
+from components.storage import Workspace, storage_errors, write_atomic
 from components.tracked import Point, TrackedRun, rate_metrics, read_series
-from components.tracking import CHAMPION, EVALUATION_TAG, GATE_TAG, Registered, Tracker, TrackingUnavailableError
+from components.tracking import GATE_TAG, Registered, Tracker, TrackingUnavailableError
 from components.tracking.names import CONFIG_TAG, FORM_TAG, RECORD_TAG
+from components.tracking.promotions import Ledger
 from pipelines.driver import RunState
 from pipelines.gate import InService, registered_name
 from pipelines.identity import run_identity
 from pipelines.landscapes import STEPS, landscape_metrics, pictures_of
 from pipelines.patience import Patience
-from pipelines.promotion import gate_tags, promote
+from pipelines.promotion import promote
+from pipelines.versions import evaluation_in_service, evaluation_tags, gate_tags, gate_word
 
 VARIANTS = {"before": "before", **{form: f"after_{form}" for form in (*FORMS, "adapter")}}
 """Variant of a model -> key of its rates in the summary."""
 TRACKING_LEASE = ".tracking.lease"
+_PROMOTE = "promote: "
+"""Before notes that a promotion leaves."""
 
 
 def track_and_register(run: RunState, summary: RunSummary) -> list[str]:
@@ -53,10 +57,12 @@ def _promote_all(run: RunState, summary: RunSummary, tracker: Tracker) -> list[s
     refused: list[str] = []
     wrong: list[str] = []
     for entry in shown_models(summary):
+        if "notes" in entry:  # of a try before the server went away
+            entry["notes"] = [note for note in entry["notes"] if not note.startswith(_PROMOTE)]
         try:
-            _promote(entry, tracker)
+            _promote(run, entry, tracker)
         except GateError as error:
-            entry.setdefault("notes", []).append(f"promote: {error}")
+            entry.setdefault("notes", []).append(f"{_PROMOTE}{error}")
             refused.append(entry["name"])
         except TrackingUnavailableError:
             raise
@@ -90,29 +96,34 @@ def _register(run: RunState, entry: FinetuneSummary, tracker: Tracker, run_id: s
     entry["registry"] = {"name": name, "version": version}
 
 
-def _promote(entry: FinetuneSummary, tracker: Tracker) -> None:
+def _promote(run: RunState, entry: FinetuneSummary, tracker: Tracker) -> None:
     registered, gate = entry.get("registry"), entry.get("gate")
     if registered is None or gate is None:
         return
     registered["promoted"] = False
     if not gate["passed"]:
         return
-    done = promote(tracker, registered["name"], registered["version"], once=True)
+    done = promote(tracker, registered["name"], registered["version"], workspace=run.workspace.root, once=True)
     registered["promoted"] = done.service.champion == done.version.number
     if not registered["promoted"]:
+        served = done.version.number in done.service.served
+        why = (
+            "it was in service before" if served else f"version {done.service.champion}, which is in service, is newer"
+        )
         entry.setdefault("notes", []).append(
-            f"promote: {done.version} stays as it is: it was in service before, or version {done.service.champion}, which is "
-            "in service, is newer; `realign promote` puts it there"
+            f"{_PROMOTE}{done.version} stays as it is: {why}; `realign promote` puts it there"
         )
 
 
 def in_service(run: RunState, patience: Patience) -> InService:
     """Asks the registry, which is opened at the first question."""
 
-    def ask(name: str) -> str | None:
-        return patience(lambda: tracker_of(run).evaluation_of(name, CHAMPION))
+    def look(name: str) -> tuple[Workspace, Record] | None:
+        registry = tracker_of(run)
+        champion = Ledger(registry, name).look().champion if registry.has_model(name) else None
+        return None if champion is None else evaluation_in_service(registry, name, champion, run.workspace.root)
 
-    return ask
+    return lambda name: patience(lambda: look(name))
 
 
 def tracker_of(run: RunState) -> Tracker:
@@ -121,14 +132,9 @@ def tracker_of(run: RunState) -> Tracker:
     return Tracker(uri=tracking.uri, experiment=tracking.experiment or run.config.name, workspace=run.workspace.root)
 
 
-def _gate_tags(entry: FinetuneSummary) -> dict[str, str]:
-    gate = entry.get("gate")
-    return {GATE_TAG: "none" if gate is None else "passed" if gate["passed"] else "shut"}
-
-
 def _lineage(record: Record, evaluated: Record, form: str) -> dict[str, str]:
     parents = {f"realign.parent.{role}": reference for role, reference in record.parents.items()}
-    return {FORM_TAG: form, RECORD_TAG: record.reference, EVALUATION_TAG: evaluated.reference, **parents}
+    return {FORM_TAG: form, RECORD_TAG: record.reference, **evaluation_tags(evaluated), **parents}
 
 
 def _sources(run: RunState, name: str) -> dict[str, str]:
@@ -140,7 +146,8 @@ def _sources(run: RunState, name: str) -> dict[str, str]:
         identities[key] = run.roots.models.get(f"finetune:{member}")
     found = {f"realign.identity.{key}": identity for key, identity in identities.items() if identity is not None}
     compared = {"aligned": run.record(None, "evaluate_aligned"), "finetune": run.record(name, "evaluate_before")}
-    found |= {f"{EVALUATION_TAG}.{key}": record.reference for key, record in compared.items() if record is not None}
+    for key, record in compared.items():
+        found |= evaluation_tags(record, key) if record is not None else {}
     return {CONFIG_TAG: run.config.name, **found}
 
 
@@ -189,7 +196,7 @@ def _tracked_finetune(run: RunState, entry: FinetuneSummary) -> TrackedRun:
     for layer, (mean, spread) in layer_figures(shares).items():
         metrics |= {f"density/layer_{int(layer):03d}": mean, f"density_spread/layer_{int(layer):03d}": spread}
     tags: dict[str, str] = {f"realign.record.{step}": record.reference for step, record in records.items()}
-    tags |= _gate_tags(entry)
+    tags[GATE_TAG] = gate_word(entry.get("gate"))
     if entry["error"]:
         tags["realign.error"] = entry["error"]
     return TrackedRun(

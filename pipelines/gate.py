@@ -19,8 +19,8 @@ from pipelines.config import RunConfig
 from pipelines.driver import RunState
 from pipelines.landscapes import drawn_of
 
-InService = Callable[[str], str | None]
-"""Name of a registered model -> the evaluation (`<stage>/<fingerprint>`) of its version in service, None if there is none."""
+InService = Callable[[str], tuple[Workspace, Record] | None]
+"""Name of a registered model -> the evaluation of its version in service, None if there is none."""
 
 
 def decide_gates(run: RunState, summary: RunSummary, in_service: InService) -> list[str]:
@@ -61,8 +61,7 @@ def _decided(run: RunState, entry: FinetuneSummary, in_service: InService) -> Ga
     for than in dict.fromkeys(requirement.than for requirement in run.config.gate):
         try:
             if than == "serving":
-                record = _serving(run, name, own, in_service)
-                references[than] = None if record is None else measured(run.workspace, record, sets)
+                references[than] = serving(in_service(registered_name(run, name)), own, sets)
             elif than is not None:
                 other = (
                     run.record(None, "evaluate_aligned") if than == "aligned" else run.record(name, "evaluate_before")
@@ -83,26 +82,16 @@ def _decided(run: RunState, entry: FinetuneSummary, in_service: InService) -> Ga
     return cast("GateDecision", {**decision, "findings": list(decision["findings"])})
 
 
-def _serving(run: RunState, name: str, own: Record | None, in_service: InService) -> Record | None:
-    """The evaluation of the version in service; None where nothing is. Raises TrackingError, StorageError for damaged results,
-    EvaluationError for an evaluation that cannot be compared with the model's own."""
-    evaluation = in_service(registered_name(run, name))
-    if evaluation is None:
+def serving(found: tuple[Workspace, Record] | None, own: Record | None, sets: Sequence[NamedSet]) -> Measured | None:
+    """The answers of the version in service, of its evaluation; None where nothing is. Raises EvaluationError where it was not
+    asked and judged as the model was."""
+    if found is None:
         return None
-    stage, _, fingerprint = evaluation.partition("/")
-    record = run.workspace.record(stage, fingerprint)
-    if record is None:
-        raise EvaluationError(f"the evaluation of the version in service ({evaluation}) is not in this workspace")
-    require_comparable(record, own)
-    return record
-
-
-def require_comparable(serving: Record, own: Record | None) -> None:
-    """Raises EvaluationError where the version in service was not asked and judged as the model was."""
-    if own is not None and _how(serving) != _how(own):
+    if own is not None and _how(found[1]) != _how(own):
         raise EvaluationError(
             "the version in service was asked or judged in another way; evaluate it under this config"
         )
+    return measured(*found, sets)
 
 
 def _how(record: Record) -> Any:

@@ -1,39 +1,37 @@
 """Promotion and rollback: which version of a realigned model is in service, held to its weights and its gate once more.
 
-A version says of itself all that this needs (components/tracking/names.py): where its weights and its evaluation lie, and what
+A version says of itself all that this needs (versions.py): where its weights and its evaluation lie, and what
 its gate demands. So a promotion needs no run config, and is the same from the command line and as an action of a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlparse
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from components.errors import GateError, RealignError, StorageError, TrackingError, listed
 from components.evaluation.capability.settings import settings_of
-from components.evaluation.gates import VISAGE, Decision, Finding, Measured, Reference, Requirement, decide
+from components.evaluation.gates import VISAGE, Decision, Finding, Measured, Reference, decide
 from components.evaluation.outcomes import NamedSet
 from components.evaluation.settings import SetKind
-from components.published import MODEL, altered, changed_files, model_files, weights_sha256
+from components.published import changed_files, model_files, weights_sha256
 from components.records import RECORD_FILE, Record
 from components.storage import Workspace
-from components.tracking import CANDIDATE, EVALUATION_TAG, GATE_TAG, PREVIOUS, Registry, Version
-from components.tracking.names import (
-    FINDINGS_TAG,
-    RECORD_TAG,
-    REQUIREMENTS_TAG,
-    SHA256_TAG,
-    TAG_CHARS,
-    WEIGHTS_TAG,
-)
+from components.tracking import CANDIDATE, EVALUATION_TAG, PREVIOUS, Registry, TrackingUnavailableError, Version
+from components.tracking.names import SHA256_TAG, WEIGHTS_TAG
 from components.tracking.promotions import Ledger, Service
-from components.tracking.server import as_json
-from pipelines.gate import measured, require_comparable
+from pipelines.gate import measured, serving
+from pipelines.versions import (
+    evaluation_in_service,
+    evaluation_of,
+    gate_tags,
+    kept_findings,
+    requirements_of,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,14 @@ def promote(
     checked = False
     while True:
         service = ledger.service()
-        over = once and (version.number in service.served or version.number < (service.champion or 0))
-        if service.champion == version.number or over:
+        there = service.champion == version.number
+        if once and (there or version.number in service.served or version.number < (service.champion or 0)):
             return Promoted(version, service, moved=False)
         if not checked:
             require_unchanged(version, workspace)
             checked = True
+        if there:
+            return Promoted(version, service, moved=False)
         decision = decided(registry, version, service.champion, workspace)
         registry.set_tags(version, gate_tags(decision.to_json(), requirements_of(version)))
         _require_passed(version, decision)
@@ -89,12 +89,20 @@ def promote(
 def roll_back(registry: Registry, name: str, *, workspace: Path | None = None) -> Promoted:
     """Swap `champion` and `previous`, once the weights that are to serve again are read and found as they were.
 
-    Raises StorageError where they are not, TrackingError where there is no way back, or the champion has moved meanwhile:
-    whoever rolled back meant another one.
+    A rollback that broke off after its entry in the ledger is finished, and is the result. Raises StorageError for weights that
+    are not as they were, TrackingError where there is no way back, or the champion has moved meanwhile, or was not the one that
+    its alias named: whoever rolled back meant another one.
     """
     ledger = Ledger(registry, name)
     service = ledger.service()
-    if service.champion is None or service.previous is None or service.previous == service.champion:
+    if service.aliases == "pending" and service.kind == "rollback":
+        return Promoted(registry.version(name, str(service.champion)), service, moved=True)
+    if service.aliases != "written":
+        raise TrackingError(
+            f"the aliases of {name} did not say who is in service: it is version {service.champion}, and they say so now; "
+            "nothing was rolled back. Look again"
+        )
+    if service.previous is None or service.previous == service.champion:
         there = listed([f"{alias}: version {number}" for alias, number in registry.aliases(name).items()]) or "none"
         raise TrackingError(f"{name} has no {PREVIOUS} version to go back to; its aliases: {there}")
     version = registry.version(name, str(service.previous))
@@ -111,7 +119,7 @@ def require_unchanged(version: Version, workspace: Path | None = None) -> None:
     """Read every file of a version's weights. Raises StorageError that names those that are not as they were registered."""
     directory = weights_of(version, workspace)
     path = directory.parent / RECORD_FILE
-    remedy = "restore them from a copy, or remove the result and run again"
+    remedy = "restore them from a copy, or remove the result and run again (other bytes become a version of their own)"
     try:
         record = Record.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError, UnicodeDecodeError) as error:
@@ -129,18 +137,6 @@ def require_unchanged(version: Version, workspace: Path | None = None) -> None:
         )
 
 
-def weights_of(version: Version, workspace: Path | None = None) -> Path:
-    """The directory with a version's weights: in `workspace` where it has that result, else where they were registered.
-    Raises StorageError for weights that are no directory."""
-    result = version.tags.get(RECORD_TAG)
-    if workspace is not None and result is not None and (workspace / result / MODEL).is_dir():
-        return workspace / result / MODEL
-    place = urlparse(version.tags[WEIGHTS_TAG])
-    if place.scheme not in ("", "file"):
-        raise StorageError(f"{version} lies at {version.tags[WEIGHTS_TAG]}; only weights in a directory can be checked")
-    return Path(unquote(place.path))
-
-
 def decided(registry: Registry, version: Version, champion: int | None, workspace: Path | None = None) -> Decision:
     """Hold a version to the gate it was registered with, against the version in service now.
 
@@ -149,51 +145,23 @@ def decided(registry: Registry, version: Version, champion: int | None, workspac
     """
     requirements = requirements_of(version)
     root = weights_of(version, workspace).parents[2]
-    own = _evaluation(version, version.tags[EVALUATION_TAG], root)
+    own = evaluation_of(version, EVALUATION_TAG, root)
     sets = _sets(own)
     references: dict[Reference, Measured | None] = {}
     for than in {one.than for one in requirements}:
         if than == "serving":
-            found = _serving(registry, version, champion, own, root)
-            references[than] = None if found is None else measured(*found, sets)
-        elif than is not None and (reference := version.tags.get(f"{EVALUATION_TAG}.{than}")) is not None:
-            references[than] = measured(Workspace(root), _evaluation(version, reference, root), sets)
+            references[than] = _serving(registry, version, champion, own, root)
+        elif than is not None and (key := f"{EVALUATION_TAG}.{than}") in version.tags:
+            references[than] = measured(Workspace(root), evaluation_of(version, key, root), sets)
     settings = own.semantics["evaluation"]
     now = [one for one in requirements if one.metric != VISAGE]
-    known = _kept_findings(version)
+    known = kept_findings(version)
     if now:
         model = measured(Workspace(root), own, sets)
         fresh = decide(now, model, references, confidence=settings["confidence"], interval=settings["interval"])
         known |= {one.requirement: one for one in fresh.findings}
     findings = tuple(known[str(one)] for one in requirements)
     return Decision(all(one.passed for one in findings), findings)
-
-
-def requirements_of(version: Version) -> tuple[Requirement, ...]:
-    """The gate that a version was registered with. Raises GateError where it had none."""
-    given = version.tags.get(REQUIREMENTS_TAG)
-    if given is None or version.tags.get(GATE_TAG) == "none":
-        raise GateError(
-            f"{version} has no gate: nobody has said when it may serve; give the run config one, run it again"
-        )
-    return TypeAdapter(tuple[Requirement, ...]).validate_json(given)
-
-
-def gate_tags(gate: Mapping[str, Any] | None, requirements: Sequence[Requirement]) -> dict[str, str]:
-    """What a version says of its gate: the decision, what was demanded, and what became of that."""
-    if gate is None:
-        return {GATE_TAG: "none"}
-    demanded = as_json([one.model_dump(exclude_none=True) for one in requirements])
-    if len(demanded) > TAG_CHARS:
-        raise TrackingError(f"a gate of {len(requirements)} requirements is too long for a tag; split it")
-    findings = [dict(one) for one in gate["findings"]]
-    while len(as_json(findings)) > TAG_CHARS:  # it can be decided again; what it demands must stay
-        findings.pop()
-    return {
-        GATE_TAG: "passed" if gate["passed"] else "shut",
-        REQUIREMENTS_TAG: demanded,
-        FINDINGS_TAG: as_json(findings),
-    }
 
 
 def reasons(findings: Sequence[Finding]) -> str:
@@ -214,31 +182,6 @@ def _require_ours(version: Version) -> None:
         )
 
 
-def _kept_findings(version: Version) -> dict[str, Finding]:
-    """What became of each requirement when the gate was decided last; what is not known has failed."""
-    given: list[dict[str, Any]] = TypeAdapter(list[dict[str, Any]]).validate_json(version.tags.get(FINDINGS_TAG, "[]"))
-    known = {one["requirement"]: Finding(**one) for one in given}
-    absent = {str(one) for one in requirements_of(version)} - known.keys()
-    return known | {name: Finding(name, False, None, None, None, 0, "not recorded") for name in absent}
-
-
-def _evaluation(version: Version, reference: str, root: Path) -> Record:
-    """An evaluation whose answers are as they were recorded."""
-    stage, _, fingerprint = reference.partition("/")
-    workspace = Workspace(root)
-    record = workspace.record(stage, fingerprint)
-    if record is None:
-        raise StorageError(
-            f"{version}: its evaluation {reference} is not in {root}; give --workspace where it lies now"
-        )
-    wrong = altered(workspace.result_dir(stage, fingerprint), record.outputs)
-    if wrong:
-        raise StorageError(
-            f"{workspace.result_dir(stage, fingerprint)} was changed: {listed(wrong)}; remove it, run again"
-        )
-    return record
-
-
 def _sets(record: Record) -> list[NamedSet]:
     """The test sets of an evaluation."""
     asked = record.semantics["sets"]
@@ -248,24 +191,14 @@ def _sets(record: Record) -> list[NamedSet]:
     return sets
 
 
-def _serving(
-    registry: Registry, version: Version, champion: int | None, own: Record, root: Path
-) -> tuple[Workspace, Record] | None:
-    """The evaluation of the version in service, in the same workspace or in its own; None where nothing is in service."""
-    if champion is None:
-        return None
-    other = registry.version(version.name, str(champion))
+def _serving(registry: Registry, version: Version, champion: int | None, own: Record, root: Path) -> Measured | None:
+    """The answers of the version in service. Raises GateError where it cannot be compared with."""
     try:
-        reference = other.tags[EVALUATION_TAG]
-        stage, _, fingerprint = reference.partition("/")
-        here = Workspace(root).record(stage, fingerprint) is not None
-        place = root if here else weights_of(other).parents[2]
-        record = _evaluation(other, reference, place)
-        require_comparable(record, own)
-    except KeyError as error:
-        raise GateError(
-            f"{version} cannot be compared with {other}, which is in service and names no evaluation"
-        ) from error
+        found = None if champion is None else evaluation_in_service(registry, version.name, champion, root)
+        return serving(found, own, _sets(own))
+    except TrackingUnavailableError:
+        raise
     except RealignError as error:
-        raise GateError(f"{version} cannot be compared with {other}, which is in service: {error}") from error
-    return Workspace(place), record
+        raise GateError(
+            f"{version} cannot be compared with version {champion}, which is in service: {error}"
+        ) from error

@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from components.errors import TrackingError
-from components.tracking import CHAMPION, EVALUATION_TAG, GATE_TAG, Registry, Version
+from components.tracking import CHAMPION, EVALUATION_TAG, GATE_TAG, Registry, TrackingUnavailableError, Version
 from components.tracking.names import CONFIG_TAG, FINDINGS_TAG, FORM_TAG, WEIGHTS_TAG
+from components.tracking.promotions import Ledger, Service
 from pipelines.promotion import Promoted
 
 _HEADLINES = ("asr", "harmful", "over_refusal", "task")
@@ -24,32 +25,68 @@ class Described:
     rates: dict[str, float]
 
 
-def described(registry: Registry, name: str | None) -> dict[str, list[Described]]:
-    """Model -> its versions, the newest first: all of one, or of every model those with an alias. Raises TrackingError."""
+@dataclass(frozen=True)
+class DescribedModel:
+    """A registered model: who is in service by its ledger, and versions, the newest first."""
+
+    service: Service
+    versions: list[Described]
+
+
+def described(registry: Registry, name: str | None) -> dict[str, DescribedModel]:
+    """Model -> all versions of one, or of every model those with an alias. Raises TrackingError."""
     names = registry.names() if name is None else [name]
     found = {}
     for one in names:
         versions = [version for version in registry.versions(one) if name is not None or version.aliases]
-        found[one] = [Described(version, _rates(registry, version)) for version in versions]
+        shown = [Described(version, _rates(registry, version)) for version in versions]
+        found[one] = DescribedModel(Ledger(registry, one).look(), shown)
     return found
 
 
-def models_json(found: dict[str, list[Described]]) -> str:
-    """`[{"name", "versions": [{"version", "aliases", "gate", "findings", …}]}]`"""
-    listed = [{"name": name, "versions": [_object(one) for one in some]} for name, some in found.items()]
+def models_json(found: dict[str, DescribedModel]) -> str:
+    """`[{"name", "champion", "previous", "aliases_are", "versions": [{"version", "aliases", "gate", "findings", …}]}]`: who is
+    in service by the ledger, and whether the aliases say so (`written`, `pending`, `astray`)."""
+    listed = [
+        {
+            "name": name,
+            "champion": model.service.champion,
+            "previous": model.service.previous,
+            "aliases_are": model.service.aliases,
+            "versions": [_object(one) for one in model.versions],
+        }
+        for name, model in found.items()
+    ]
     return json.dumps(listed, indent=1, allow_nan=False)
 
 
-def models_lines(found: dict[str, list[Described]]) -> list[str]:
-    """For a person: a line for each model, one for each version, and one for where its weights lie."""
+def models_lines(found: dict[str, DescribedModel]) -> list[str]:
+    """For a person: a line for each model, one where its aliases are not what the ledger says, one for each version, and one
+    for where its weights lie."""
     if not found:
         return ["no models are registered here"]
     lines = []
-    for name, some in found.items():
-        lines.append(name if some else f"{name}: no version has an alias")
-        for one in some:
+    for name, model in found.items():
+        lines.append(name if model.versions else f"{name}: no version has an alias")
+        lines += _astray_lines(name, model.service)
+        for one in model.versions:
             lines += _version_lines(one)
     return lines
+
+
+def _astray_lines(name: str, service: Service) -> list[str]:
+    if service.aliases == "written":
+        return []
+    if service.aliases == "pending":
+        again = "rollback" if service.kind == "rollback" else "promote"
+        return [
+            f"  ! a {service.kind or 'promotion'} broke off: version {service.champion} is to be {CHAMPION}; "
+            f"`realign {again} {name}` goes on with it"
+        ]
+    return [
+        f"  ! version {service.champion} is in service, and the aliases were moved by hand or by a late promoter: the next "
+        "promotion or rollback puts them back"
+    ]
 
 
 def promoted_line(done: Promoted) -> str:
@@ -101,6 +138,8 @@ def _object(one: Described) -> dict[str, Any]:
 def _rates(registry: Registry, version: Version) -> dict[str, float]:
     try:
         measured = registry.metrics(version) if version.ours else {}
+    except TrackingUnavailableError:
+        raise
     except TrackingError:  # whoever may read the model need not have rights on the experiment that measured it
         return {}
     return {name: measured[f"test/{name}"] for name in _HEADLINES if f"test/{name}" in measured}

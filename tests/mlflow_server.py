@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,7 +11,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 ADMIN = ("admin", "the-admins-password")
 
@@ -71,6 +75,42 @@ class MlflowServer:
             "auth_cache_ttl_seconds = 600\n"
         )
         return path
+
+
+@contextlib.contextmanager
+def losing_an_answer(uri: str, path: str) -> Iterator[str]:
+    """The address of a proxy before a server, which answers 504 to the first POST to `path` after the server has done it."""
+    lost: list[str] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def pass_on(self) -> None:
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
+            kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "accept-encoding")}
+            asked = urllib.request.Request(uri + self.path, data=content, method=self.command, headers=kept)
+            try:
+                answer = urllib.request.urlopen(asked, timeout=60)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                status, said = answer.status, answer.read()
+            if self.command == "POST" and self.path.endswith(path) and not lost:
+                lost.append(self.path)
+                status, said = 504, b"gateway timeout"
+            self.send_response(status)
+            self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for verb in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+        setattr(Proxy, f"do_{verb}", Proxy.pass_on)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_address[1]}"
+        proxy.shutdown()
+    assert lost, f"nobody asked for {path}"
 
 
 PASSWORD = "one-of-the-users"

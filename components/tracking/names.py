@@ -19,7 +19,7 @@ CONFIG_TAG = "realign.config"
 """Name of the run config."""
 EVALUATION_TAG = "realign.evaluation"
 """Of a registered version: the evaluation that its metrics come from. With `.aligned` and `.finetune`: those of the models that
-its gate compares it with."""
+its gate compares it with. Each with `.sha256`: a hash over what was asked and answered there."""
 OLDER_METRICS_TAG = "realign.metrics_not_measured_again"
 """Of a registered version: metrics that an earlier evaluation measured and its last one did not; MLflow deletes none."""
 GATE_TAG = "realign.gate"

@@ -7,10 +7,17 @@ promotion is an entry in it (a version, with its content in the tags that are cr
     entry n:  put version V in service, where C is, as it was decided when k was the last entry that held
 
 Entry n *holds* where the last one that held before it is indeed k; else somebody was faster, and it is void for everybody
-for ever. Its promoter sees that and decides again, against the version that is in service now. Who is in service thus
-follows from the ledger alone, all readers agree on it, and the aliases are written after it. A lock with an expiry could not
-give that: a holder that was thought dead and was not would still move aliases. Here a promoter that died between its entry
-and the aliases is finished by the next one, and one that wakes up late finds a newer entry and writes what that says.
+for ever. Its promoter sees that and decides again, against the version that is in service now.
+
+**The last entry that holds says who is in service, and nothing else does.** All readers agree on it. The aliases are a copy
+for those who serve: written after the entry, and put right by the next promotion, rollback or promoting run that finds them
+different. A promoter that died before it wrote them is finished so, and one that wakes up late and writes old ones misleads
+nobody who asks the ledger; it looks again afterwards and writes what the ledger says by then. Since nobody can tell an alias
+of a late writer from one that was moved by hand, a move by hand lasts no longer: `realign promote` and `realign rollback` are
+how to move them. A lock with an expiry could not give that: a holder that was thought dead and was not still moves aliases.
+
+Where the ledger names nobody, the aliases count as they are: before its first entry, and for a version that was deleted. An
+entry carries the time at which its model was made, and counts for no model of the same name that was made anew.
 """
 
 from __future__ import annotations
@@ -18,20 +25,21 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from components.errors import TrackingError
 from components.tracking.names import CHAMPION, LEDGER_TAG, PREVIOUS
-from components.tracking.registry import Registry, pages
+from components.tracking.registry import Registry, pages, quoted
 from components.tracking.server import TrackingUnavailableError, again, crowded, error_code, talking
 
 Kind = Literal["promote", "rollback"]
+Aliases = Literal["written", "pending", "astray"]
 _SOURCE = "realign:///promotion"
 """A version must have a source; this one's is nowhere."""
-_VERSION, _FROM, _AFTER, _KIND, _TOKEN = (
-    f"realign.promotion.{key}" for key in ("version", "from", "after", "kind", "token")
+_VERSION, _FROM, _AFTER, _KIND, _TOKEN, _MADE = (
+    f"realign.promotion.{key}" for key in ("version", "from", "after", "kind", "token", "model_made_ms")
 )
 _APPLIED = "realign.promotion.applied"
 _TRIES = 8
@@ -51,6 +59,8 @@ class Entry:
     """The entry that held last when it was decided; 0: none had."""
     kind: str
     token: str
+    made_ms: int
+    """When the model was made whose version it is."""
     applied: bool
     """The aliases have been written."""
 
@@ -64,6 +74,13 @@ class Service:
     previous: int | None = None
     served: frozenset[int] = frozenset()
     """Every version that an entry has put in service."""
+    kind: str = ""
+    """Of the entry; empty where its version was deleted."""
+    made_ms: int = 0
+    """When the registered model was made."""
+    aliases: Aliases = "written"
+    """As they were found. `pending`: the entry's promoter never said that it had written them; `astray`: it had, and they say
+    something else since."""
 
 
 class Ledger:
@@ -74,42 +91,63 @@ class Ledger:
         self.model = f"{name}.promotions"
         self._about = f"the registered models {name} and {self.model}"
 
-    def service(self) -> Service:
-        """Who is in service now. A promotion that broke off before its aliases were written is finished first; an alias that
-        somebody moved by hand since then is taken as it is."""
-        entries = self.entries()
-        found = held(entries)
+    def look(self) -> Service:
+        """Who is in service now, and whether the aliases say so; changes nothing. Raises TrackingError, also where there is
+        no such model."""
+        model = self.registry.model(self.name)  # before the ledger: read after it they might be newer
+        entries = self._of(model.made_ms)
+        found = replace(held(entries), made_ms=model.made_ms)
+        there = (model.aliases.get(CHAMPION), model.aliases.get(PREVIOUS))
+        if there != (found.champion, found.previous):
+            if not self._is_there(found.champion):
+                found = replace(found, champion=there[0], previous=there[1], kind="")
+            elif not self._is_there(found.previous):
+                found = replace(found, previous=there[1])
         if found.entry and not entries[found.entry].applied:
-            return self._apply(found)
-        aliases = self.registry.aliases(self.name)
-        return Service(found.entry, aliases.get(CHAMPION), aliases.get(PREVIOUS), found.served)
+            return replace(found, aliases="pending")
+        return replace(found, aliases="written" if there == (found.champion, found.previous) else "astray")
+
+    def service(self) -> Service:
+        """Who is in service now. Where the aliases do not say so, they do so afterwards; `aliases` says how they were found."""
+        found = self.look()
+        return found if found.aliases == "written" else self._apply(found)
 
     def put(self, version: int, decided_against: Service, kind: Kind) -> Service | None:
         """Put a version in service, as decided against what `service` had said; who is in service then. None where somebody was
         faster: nothing has changed, decide again."""
         token = uuid.uuid4().hex
-        entries = self._append(version, decided_against, kind, token)
-        found = held(entries)
-        mine = [one for one in entries.values() if one.token == token]
-        if not any(one.number in _chain(entries) for one in mine):
-            # Whoever was faster is about to move the aliases; many who ask at once would only hold that up.
-            time.sleep(random.uniform(0, _PAUSE_S))
-            return None
-        return self._apply(found)
+        self._append(version, decided_against, kind, token)
+        entries = self._of(decided_against.made_ms)
+        holds = any(entries[number].token == token for number in _chain(entries))
+        if holds and (now := self.look()).made_ms == decided_against.made_ms:
+            return self._apply(now)
+        # Whoever was faster is about to move the aliases; many who ask at once would only hold that up.
+        time.sleep(random.uniform(0, _PAUSE_S))
+        return None
 
     def entries(self) -> dict[int, Entry]:
         """The whole ledger by number; empty where nothing was ever promoted."""
         with talking(self.registry.uri, self._about):
-            query, order = f"name = '{self.model}'", ["version_number ASC"]  # pages stay as they are while it grows
+            query, order = (
+                f"name = {quoted(self.model)}",
+                ["version_number ASC"],
+            )  # pages stay as they are while it grows
             search = self.registry.client.search_model_versions
             found = [_entry(one) for one in pages(lambda token: search(query, _PAGE, order, token))]
         return {one.number: one for one in sorted(found, key=lambda one: one.number)}
 
-    def _append(self, version: int, against: Service, kind: Kind, token: str) -> dict[int, Entry]:
-        """Write an entry; returns the ledger with it. Where the answer was lost, the ledger says whether it arrived."""
+    def _of(self, made_ms: int) -> dict[int, Entry]:
+        """The entries of the model that was made then."""
+        return {number: one for number, one in self.entries().items() if one.made_ms == made_ms}
+
+    def _is_there(self, version: int | None) -> bool:
+        return version is not None and self.registry.has(self.name, version)
+
+    def _append(self, version: int, against: Service, kind: Kind, token: str) -> None:
+        """Write an entry. Where the answer was lost, the ledger says whether it arrived."""
         tags = {
             _VERSION: str(version), _FROM: str(against.champion or ""), _AFTER: str(against.entry), _KIND: kind,
-            _TOKEN: token,
+            _TOKEN: token, _MADE: str(against.made_ms),
         }  # fmt: skip
         said = f"{kind}: version {version} in service" + (f", before it {against.champion}" if against.champion else "")
         written = False
@@ -125,9 +163,8 @@ class Ledger:
                 # MLflow gives up drawing a number where many draw at once.
                 if left == 0 or not (isinstance(error, TrackingUnavailableError) or crowded(error)):
                     raise
-            entries = self.entries()
-            if any(one.token == token for one in entries.values()):
-                return entries
+            if any(one.token == token for one in self.entries().values()):
+                return
             time.sleep(random.uniform(0, 2 * _PAUSE_S))
         raise TrackingError(f"{self.model} does not show what was written to it; try again")
 
@@ -142,27 +179,35 @@ class Ledger:
                 raise
 
     def _apply(self, found: Service) -> Service:
-        """Write the aliases that the ledger demands, until it has not changed meanwhile."""
+        """Write the aliases that the ledger demands, until it has not changed meanwhile; returns what it says then, and how the
+        aliases were found."""
+        first = found
         while True:
             self._write(found)
-            entries = self.entries()
-            now = held(entries)
-            if now.entry == found.entry:
+            now = self.look()
+            if (now.entry, now.champion, now.previous) == (found.entry, found.champion, found.previous):
                 break
             found = now
-        if not entries[found.entry].applied:
+        if now.aliases == "pending":
             with talking(self.registry.uri, self._about):
-                again(
-                    partial(self.registry.client.set_model_version_tag, self.model, str(found.entry), _APPLIED, "yes")
-                )
-        return found
+                again(partial(self.registry.client.set_model_version_tag, self.model, str(now.entry), _APPLIED, "yes"))
+        return replace(now, aliases=first.aliases)
 
     def _write(self, found: Service) -> None:
         """`previous` first: whoever reads between the two finds a way back, to what is in service still."""
+        from mlflow.exceptions import MlflowException
+
         with talking(self.registry.uri, self._about):
             for alias, version in ((PREVIOUS, found.previous), (CHAMPION, found.champion)):
-                if version is not None:
+                if version is None:
+                    continue
+                try:
                     again(partial(self.registry.client.set_registered_model_alias, self.name, alias, str(version)))
+                except MlflowException as error:
+                    if (
+                        error_code(error) != "RESOURCE_DOES_NOT_EXIST"
+                    ):  # deleted since the ledger was read, as a look will show
+                        raise
 
 
 def _chain(entries: dict[int, Entry]) -> list[int]:
@@ -180,7 +225,8 @@ def held(entries: dict[int, Entry]) -> Service:
     if not chain:
         return Service()
     last = entries[chain[-1]]
-    return Service(last.number, last.version, last.champion, frozenset(entries[number].version for number in chain))
+    served = frozenset(entries[number].version for number in chain)
+    return Service(last.number, last.version, last.champion, served, last.kind)
 
 
 def _entry(found: Any) -> Entry:
@@ -192,5 +238,6 @@ def _entry(found: Any) -> Entry:
         after=int(tags.get(_AFTER, -1)),  # what somebody else put there holds nothing
         kind=tags.get(_KIND, ""),
         token=tags.get(_TOKEN, ""),
+        made_ms=int(tags.get(_MADE, 0)),
         applied=_APPLIED in tags,
     )

@@ -5,6 +5,7 @@ Weights are never copied. A version carries where they lie and their hash, what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,12 +20,25 @@ from components.tracking.names import (
     LEDGER_TAG,
     OLDER_METRICS_TAG,
     SHA256_TAG,
+    TAG_CHARS,
     WEIGHTS_TAG,
 )
 from components.tracking.server import Server, again, error_code, talking
 
 _PAGE = 200
 _BATCH = 1000
+_REFUSED = re.compile(r"[./:%\"']")
+"""What MLflow refuses in the name of a logged model, though a registered model's may have dots."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A registered model, as it stood when it was asked for."""
+
+    aliases: Mapping[str, int]
+    """Alias -> version."""
+    made_ms: int
+    """When it was made: another time for one of the same name that was deleted and made anew."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +70,13 @@ class Registered:
     sha256: str
     """64 hex digits, over the weights."""
     fingerprint: str
-    """The identity of what is registered: the same one is the same version."""
+    """The identity of what is registered: the same one with the same weights is the same version."""
     run_id: str
     """The run that measured."""
     metrics: Mapping[str, float]
     time_ms: int
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Set once, and anew when EVALUATION_TAG among them is another than before."""
+    """Set anew when one of them is another than before: it was evaluated again, or its weights were moved."""
     decided: Mapping[str, str] = field(default_factory=dict)
     """Tags of the version that follow every call: what its gate says now. As long as TAG_CHARS."""
     alias: str = CANDIDATE
@@ -83,21 +97,32 @@ class Registry(Server):
             models = pages(lambda token: self.client.search_registered_models(max_results=_PAGE, page_token=token))
         return sorted(model.name for model in models if LEDGER_TAG not in (model.tags or {}))
 
-    def aliases(self, name: str) -> dict[str, int]:
-        """alias -> version, of a registered model. Raises TrackingError, also where there is none of that name: with those that
-        there are."""
-        with talking(self.uri, f"the registered model {name}"):
-            found = self._model(name)
+    def model(self, name: str) -> Model:
+        """A registered model. Raises TrackingError, also where there is none of that name: with those that there are."""
+        found = self._registered(name)
         if found is None:
             there = listed(self.names(), 20) or "none"
             raise TrackingError(f"no model {name!r} is registered at {self.uri}; there: {there}")
-        return {alias: int(version) for alias, version in found.aliases.items()}
+        return found
+
+    def aliases(self, name: str) -> Mapping[str, int]:
+        """alias -> version, of a registered model. Raises as `model`."""
+        return self.model(name).aliases
+
+    def has_model(self, name: str) -> bool:
+        """Whether a model of that name is registered."""
+        return self._registered(name) is not None
+
+    def has(self, name: str, number: int) -> bool:
+        """Whether a registered model has a version of that number."""
+        with talking(self.uri, f"the registered model {name}"):
+            return self._numbered(name, str(number)) is not None
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a model, the newest first."""
         aliases = self.aliases(name)
         with talking(self.uri, f"the registered model {name}"):
-            query = f"name = {_quoted(name)}"
+            query = f"name = {quoted(name)}"
             found = pages(lambda token: self.client.search_model_versions(query, _PAGE, None, token))
         return sorted((_version(one, aliases) for one in found), key=lambda one: -one.number)
 
@@ -115,19 +140,6 @@ class Registry(Server):
             raise TrackingError(f"{name} has no version {which}; there: {numbers}; {there}")
         raise TrackingError(f"no version of {name} has the alias {which!r}; there: {there}")
 
-    def evaluation_of(self, name: str, alias: str) -> str | None:
-        """The evaluation (`<stage>/<fingerprint>`) that the version with an alias was registered with; None where no version
-        has the alias. Raises TrackingError, also for a version that names no evaluation."""
-        with talking(self.uri, f"the registered model {name}"):
-            model = self._model(name)
-            number = model.aliases.get(alias) if model is not None else None
-            found = self._numbered(name, str(number)) if number is not None else None
-        if found is None:
-            return None
-        if EVALUATION_TAG not in found.tags:
-            raise TrackingError(f"{name} version {found.version} ({alias}) names no evaluation; register it by a run")
-        return str(found.tags[EVALUATION_TAG])
-
     def metrics(self, version: Version) -> dict[str, float]:
         """The newest value of everything that was measured of a version; empty where it has no logged model."""
         if not version.source.startswith("models:/"):
@@ -139,41 +151,35 @@ class Registry(Server):
         return {one.key: one.value for one in ordered if one.key not in stale}
 
     def set_tags(self, version: Version, tags: Mapping[str, str]) -> None:
-        """Give a version these tags, as far as it has not got them."""
+        """Give a version these tags, as far as it has not got them now."""
+        there = self.version(version.name, str(version.number)).tags
         with talking(self.uri, f"the registered model {version.name}"):
-            self._tag(version.name, version.number, version.tags, tags)
+            self._tag(version.name, version.number, there, tags)
 
     def register(self, asked: Registered, *, experiment_id: str) -> str:
         """Register weights that stay where they are; returns the version's number as text. A second call with its fingerprint
-        finds the same version, and gives it tags and metrics when it was evaluated anew."""
+        and its weights finds the same version, and gives it what it says of itself now: another place, a new evaluation."""
         with talking(self.uri, f"the registered model {asked.name}, or on the experiment of its run"):
-            found = self._with_fingerprint(asked)
-            if found is None:
-                model_id = self._external_model(asked, experiment_id)
-                self._measured(model_id, asked)
-                with self.as_default():
-                    import mlflow
+            found = min(self._same(asked), key=_number, default=None) or self._made(asked, experiment_id)
+            if any(found.tags.get(key) != value for key, value in asked.stated.items()):
+                self._stated_again(found, asked)
+            self._tag(asked.name, found.version, found.tags, asked.decided)
+            self._point(asked.name, asked.alias, str(found.version))
+        return str(found.version)
 
-                    tags = {**asked.stated, **asked.decided}
-                    version = str(mlflow.register_model(f"models:/{model_id}", asked.name, tags=tags).version)
-            else:
-                version = str(found.version)
-                if found.tags.get(EVALUATION_TAG) != asked.stated.get(EVALUATION_TAG, found.tags.get(EVALUATION_TAG)):
-                    self._evaluated_again(found, asked)
-                self._tag(asked.name, found.version, found.tags, asked.decided)
-            self._point(asked.name, asked.alias, version)
-        return version
-
-    def _model(self, name: str) -> Any | None:
+    def _registered(self, name: str) -> Model | None:
         """By name, not by alias: asked for an alias of what is not there, a server with authentication speaks of rights."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            return self.client.get_registered_model(name)
-        except MlflowException as error:
-            if error_code(error) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
+        with talking(self.uri, f"the registered model {name}"):
+            try:
+                found = self.client.get_registered_model(name)
+            except MlflowException as error:
+                if error_code(error) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+        aliases = {alias: int(version) for alias, version in found.aliases.items()}
+        return Model(aliases, int(found.creation_timestamp))
 
     def _numbered(self, name: str, number: str) -> Any | None:
         from mlflow.exceptions import MlflowException
@@ -190,13 +196,13 @@ class Registry(Server):
             if there.get(key) != value:
                 again(partial(self.client.set_model_version_tag, name, str(number), key, value))
 
-    def _evaluated_again(self, version: Any, asked: Registered) -> None:
-        """Make a registered version show its latest evaluation. EVALUATION_TAG comes last: it says that all is there."""
+    def _stated_again(self, version: Any, asked: Registered) -> None:
+        """Make a registered version show its latest evaluation and place. EVALUATION_TAG comes last: all is there then."""
         model_id = str(version.source).removeprefix("models:/")
         older = self._measured(model_id, asked)
         stated = asked.stated
         if older or OLDER_METRICS_TAG in version.tags:
-            stated[OLDER_METRICS_TAG] = listed(older, 40) or "none"
+            stated[OLDER_METRICS_TAG] = _joined(older) or "none"
         self.client.set_logged_model_tags(model_id, stated)
         for key in sorted(stated, key=lambda key: key == EVALUATION_TAG):
             self.client.set_model_version_tag(version.name, version.version, key, stated[key])
@@ -214,15 +220,43 @@ class Registry(Server):
             log_metrics(self.client, asked.run_id, points, when, model_id)
         return sorted(newest.keys() - asked.metrics.keys())
 
-    def _with_fingerprint(self, asked: Registered) -> Any | None:
-        query = f"name = {_quoted(asked.name)} and tags.`{FINGERPRINT_TAG}` = '{asked.fingerprint}'"
-        return min(self.client.search_model_versions(query), key=lambda found: int(found.version), default=None)
+    def _same(self, asked: Registered) -> list[Any]:
+        """The versions of these weights under this fingerprint."""
+        query = f"name = {quoted(asked.name)} and tags.`{FINGERPRINT_TAG}` = '{asked.fingerprint}'"
+        found = self.client.search_model_versions(query)
+        return [one for one in found if one.tags.get(SHA256_TAG) == asked.sha256]
+
+    def _made(self, asked: Registered, experiment_id: str) -> Any:
+        """A new version. Where a server's answer was lost, mlflow asks once more, and the server makes another: the first of
+        them counts, for everybody, and what else this call made is removed."""
+        source = f"models:/{self._external_model(asked, experiment_id)}"
+        self._measured(source.removeprefix("models:/"), asked)
+        with self.as_default():
+            import mlflow
+
+            made = mlflow.register_model(source, asked.name, tags={**asked.stated, **asked.decided})
+        first, *others = sorted(self._same(asked), key=_number) or [made]
+        for other in others:
+            if other.source == source:
+                self._delete(other)
+        return first
+
+    def _delete(self, version: Any) -> None:
+        """Remove what is there twice. Where that needs more rights than to register it, it stays, without an alias."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.delete_model_version(version.name, version.version)
+        except MlflowException as error:
+            if error.get_http_status_code() != 403:
+                raise
 
     def _external_model(self, asked: Registered, experiment_id: str) -> str:
         """The logged model of that fingerprint: one left by a call that died before registering it, or a new one."""
-        query = f"tags.`{FINGERPRINT_TAG}` = '{asked.fingerprint}' and name = {_quoted(asked.name)}"
+        name = _REFUSED.sub("-", asked.name)
+        query = f"tags.`{FINGERPRINT_TAG}` = '{asked.fingerprint}' and name = '{name}'"
         found = self.client.search_logged_models([experiment_id], filter_string=query)
-        ready = [model for model in found if str(model.status) == "READY"]
+        ready = [one for one in found if str(one.status) == "READY" and one.tags.get(SHA256_TAG) == asked.sha256]
         if ready:
             self.client.set_logged_model_tags(ready[0].model_id, asked.stated)
             return str(ready[0].model_id)
@@ -230,7 +264,7 @@ class Registry(Server):
             import mlflow
 
             model = mlflow.create_external_model(
-                name=asked.name, source_run_id=asked.run_id, model_type="llm", tags=asked.stated,
+                name=name, source_run_id=asked.run_id, model_type="llm", tags=asked.stated,
                 experiment_id=experiment_id,
             )  # fmt: skip
         return str(model.model_id)
@@ -262,7 +296,17 @@ def pages(page: Any) -> list[Any]:
             return found
 
 
-def _quoted(name: str) -> str:
+def _number(version: Any) -> int:
+    return int(version.version)
+
+
+def _joined(names: Sequence[str]) -> str:
+    """As many names as a tag holds."""
+    joined = "; ".join(names)
+    return joined if len(joined) <= TAG_CHARS else joined[:TAG_CHARS].rpartition("; ")[0]
+
+
+def quoted(name: str) -> str:
     """A name in a query of MLflow, which knows no escapes but two kinds of quotes."""
     return f'"{name}"' if "'" in name else f"'{name}'"
 

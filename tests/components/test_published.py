@@ -52,3 +52,17 @@ def test_a_model_card_beside_the_weights_is_no_change(model: Path, recorded: dic
     assert changed_files(model, recorded) == []
     (model / "config.json").write_text("{}")
     assert changed_files(model, recorded) == ["config.json has changed"]
+
+
+def test_a_link_to_a_directory_was_not_there(
+    model: Path, recorded: dict[str, OutputFile], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "modeling.py").write_text("x")
+    for name in ("code", "looks-like-a.md"):
+        (model / name).symlink_to(outside)
+    (model / "gone.md").symlink_to(outside / "nothing")
+    (model / "CARD.md").symlink_to(outside / "modeling.py")  # a document, wherever it lies
+    assert changed_files(model, recorded) == [
+        f"{name} was not there" for name in ("code", "gone.md", "looks-like-a.md")
+    ]

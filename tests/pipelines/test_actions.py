@@ -6,11 +6,16 @@ import errno
 import hashlib
 import json
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
+
+from components.errors import GateError
 from components.published import model_files, weights_sha256
 from components.records import OutputFile, Record
 from components.reporting.schema import RunSummary
+from pipelines import actions
 from pipelines.actions import _lineage
 from pipelines.run import _told
 
@@ -33,9 +38,12 @@ def test_the_weights_hash_is_a_sha256_over_the_models_files() -> None:
     assert weights_sha256(model_files(record("fuse", "f1", {**files, "model/a.json": "12"}))) != expected
 
 
-def test_a_version_names_its_evaluation() -> None:
-    tags = _lineage(record("fuse", "f1", {}), record("evaluate", "e1", {}), "soft")
+def test_a_version_names_its_evaluation_and_what_it_said() -> None:
+    evaluated = record("evaluate", "e1", {"test/answers/a.jsonl": "11"})
+    tags = _lineage(record("fuse", "f1", {}), evaluated, "soft")
+    said = hashlib.sha256(b'{"outputs":{"test/answers/a.jsonl":"11"},"semantics":{}}').hexdigest()
     assert tags == {
+        "realign.evaluation.sha256": said,
         "realign.form": "soft",
         "realign.record": "fuse/f1",
         "realign.evaluation": "evaluate/e1",
@@ -51,3 +59,20 @@ def test_a_disk_that_is_full_takes_nothing_else_from_a_run(tmp_path: Path) -> No
     assert not _told(tmp_path, summary, failed, full)
     assert failed == summary["notes"]
     assert "No space left on device; free some space" in failed[0]
+
+
+def test_a_promotion_that_is_tried_again_is_noted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where the server went away after the first of two models was refused."""
+    entry: Any = {
+        "name": "zh", "gate": {"passed": True}, "registry": {"name": "m-zh", "version": "1"}, "notes": ["gate: one"]
+    }  # fmt: skip
+    summary: Any = {"finetunes": [entry], "merged": []}
+    run: Any = SimpleNamespace(workspace=SimpleNamespace(root=tmp_path))
+    for said in ("shut", "still shut"):
+
+        def refused(*_: Any, said: str = said, **__: Any) -> None:
+            raise GateError(said)
+
+        monkeypatch.setattr(actions, "promote", refused)
+        assert actions._promote_all(run, summary, None) == ["zh"]  # type: ignore[arg-type]
+    assert entry["notes"] == ["gate: one", "promote: still shut"]

@@ -16,11 +16,21 @@ import pytest
 from components.errors import GateError, RealignError, StorageError, TrackingError
 from components.evaluation.gates import Requirement
 from components.evaluation.metrics import paired_difference, wilson
-from components.tracking import CHAMPION, GATE_TAG, PREVIOUS, Registry, Tracker, default_uri
-from components.tracking.names import FINDINGS_TAG
+from components.records import RECORD_FILE, Record, hash_outputs
+from components.tracking import (
+    CHAMPION,
+    GATE_TAG,
+    PREVIOUS,
+    Registry,
+    Tracker,
+    TrackingUnavailableError,
+    default_uri,
+)
+from components.tracking.names import FINDINGS_TAG, REQUIREMENTS_TAG
 from components.tracking.promotions import Ledger, Service
 from pipelines.cli import main
 from pipelines.promotion import promote, roll_back
+from pipelines.registry_text import described, models_lines
 from tests.mlflow_server import ADMIN, MlflowServer
 from tests.pipelines.versions import ASR, NO_WORSE, PROMPTS, register
 
@@ -130,8 +140,10 @@ def test_another_is_put_in_service_between_decision_and_entry(
         return put(self, version, decided_against, kind)
 
     monkeypatch.setattr(Ledger, "put", faster)
+    local.set_tags(local.version(name, "1"), {GATE_TAG: "shut"})  # by an earlier decision
     with pytest.raises(GateError, match="compared with serving"):
         promote(local, name, "1")
+    assert local.version(name, "1").tags[GATE_TAG] == "shut"
     assert aliases(local, name) == (2, None)
     # Whoever rolls back meant the version that it saw in service.
     register(local, name, tmp_path, "third")
@@ -203,6 +215,64 @@ def test_weights_that_were_changed_are_refused(tracker: Tracker, name: str, tmp_
     assert aliases(tracker, name) == (1, None)
 
 
+def test_a_rollback_that_broke_off_is_finished_and_not_undone(
+    local: Tracker, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("a", "b"):
+        register(local, name, tmp_path, key)
+        promote(local, name)
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            roll_back(local, name)
+    assert aliases(local, name) == (2, 1)
+    said = f"  ! a rollback broke off: version 1 is to be champion; `realign rollback {name}` goes on with it"
+    assert models_lines(described(local, name))[:2] == [name, said]
+    done = roll_back(local, name)
+    assert (done.version.number, done.moved) == (1, True)
+    assert aliases(local, name) == (1, 2)
+    # Of an alias that something else moved nobody knows whom a rollback means.
+    local.client.set_registered_model_alias(name, CHAMPION, "2")
+    assert "  ! version 1 is in service, and the aliases were moved" in models_lines(described(local, name))[1]
+    with pytest.raises(TrackingError, match=r"it is version 1, .* nothing was rolled back\. Look again"):
+        roll_back(local, name)
+    assert aliases(local, name) == (1, 2)
+    assert models_lines(described(local, name))[1].startswith("  version 2 (candidate, previous): gate passed")
+
+
+def test_a_model_that_was_deleted_and_registered_again_starts_anew(local: Tracker, name: str, tmp_path: Path) -> None:
+    register(local, name, tmp_path, "a")
+    promote(local, name)
+    local.client.delete_registered_model(name)
+    register(local, name, tmp_path, "a")
+    assert promote(local, name, "1", once=True).moved
+    assert aliases(local, name) == (1, None)
+
+
+def test_what_serves_already_is_read_all_the_same(local: Tracker, name: str, tmp_path: Path) -> None:
+    register(local, name, tmp_path, "a")
+    promote(local, name)
+    flipped(tmp_path / "fuse" / "a" / "model" / "model.safetensors")
+    with pytest.raises(StorageError, match="version 1 has other weights"):
+        promote(local, name)
+    assert not promote(local, name, once=True).moved, "a run has nothing to do"
+
+
+def test_a_gate_of_another_realign_is_said(local: Tracker, name: str, tmp_path: Path) -> None:
+    register(local, name, tmp_path, "a")
+    for tag, value in (
+        (FINDINGS_TAG, '[{"met": true}]'),
+        (REQUIREMENTS_TAG, '[{"metric": "asr", "at_most": 1, "new": 1}]'),
+    ):
+        local.set_tags(local.version(name, "1"), {tag: value})
+        with pytest.raises(TrackingError, match=f"version 1: its tag {tag} was written by another version of realign"):
+            promote(local, name)
+
+
 def test_no_way_back_to_weights_that_were_changed(local: Tracker, name: str, tmp_path: Path) -> None:
     for key in ("a", "b"):
         register(local, name, tmp_path, key)
@@ -219,6 +289,12 @@ def test_answers_that_were_changed_open_no_gate(local: Tracker, name: str, tmp_p
     answers.write_text(answers.read_text().replace('"complied"', '"refused" '))
     with pytest.raises(StorageError, match=r"harmful\.jsonl has changed"):
         promote(local, name)
+    directory = tmp_path / "evaluate" / "ebad"
+    record = Record.model_validate_json((directory / RECORD_FILE).read_text())
+    record = record.model_copy(update={"outputs": hash_outputs(directory)})
+    (directory / RECORD_FILE).write_text(record.to_json())
+    with pytest.raises(StorageError, match=r"ebad is not the evaluation that .* version 1 was registered with"):
+        promote(local, name)
 
 
 def test_results_that_were_moved_are_found(local: Tracker, name: str, tmp_path: Path) -> None:
@@ -227,6 +303,10 @@ def test_results_that_were_moved_are_found(local: Tracker, name: str, tmp_path: 
     with pytest.raises(StorageError, match="--workspace"):
         promote(local, name)
     assert promote(local, name, workspace=tmp_path / "after").moved
+    register(local, name, tmp_path / "after", "b")
+    shutil.move(tmp_path / "after", tmp_path / "again")
+    assert register(local, name, tmp_path / "again", "b") == "2"  # a run from there says where it lies
+    assert promote(local, name, "2").moved
 
 
 def test_what_is_not_there_is_said_with_what_is(tracker: Tracker, name: str, tmp_path: Path) -> None:
@@ -256,8 +336,9 @@ def test_a_serving_version_that_cannot_be_compared_with(local: Tracker, name: st
     promote(local, name, "1")
     with pytest.raises(GateError, match="was asked or judged in another way"):
         promote(local, name, "2")
-    local.client.set_registered_model_alias(name, CHAMPION, "3")
-    with pytest.raises(GateError, match="version 3, which is in service and names no evaluation"):
+    ledger = Ledger(local, name)
+    assert ledger.put(3, ledger.service(), "promote") is not None
+    with pytest.raises(GateError, match=r"version 3, which is in service: .* names no evaluation"):
         promote(local, name, "2")
     register(local, name, tmp_path, "free", gate=ASR)  # which compares with nobody
     assert promote(local, name).moved
@@ -278,6 +359,23 @@ def test_what_a_landscape_said_stands_as_it_was_decided(local: Tracker, name: st
     register(local, name, tmp_path, "unsafe", gate=gate, complied=range(12), findings=[{**found, "passed": True}])
     with pytest.raises(GateError, match=r"shut: asr at most 20 %"):
         promote(local, name)
+
+
+def test_rates_that_nobody_may_read_are_left_out_and_a_server_that_is_away_is_said(
+    local: Tracker, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(local, name, tmp_path, "a")
+    for error in (TrackingError, TrackingUnavailableError):
+
+        def refused(*_: Any, error: type[TrackingError] = error) -> None:
+            raise error("the metrics")
+
+        monkeypatch.setattr(local, "metrics", refused)
+        if error is TrackingError:
+            assert "not measured" in models_lines(described(local, name))[1]
+        else:
+            with pytest.raises(TrackingUnavailableError):
+                described(local, name)
 
 
 def test_commands(
@@ -313,6 +411,7 @@ def test_commands(
         2: (["previous"], "passed", {"asr": 0.0}),
         3: (["candidate"], "shut", {"asr": 0.5}),
     }
+    assert (model["champion"], model["previous"], model["aliases_are"]) == (1, 2, "written")
     assert model["versions"][0]["weights"] == (tmp_path / "fuse" / "bad" / "model").as_uri()
     lines = do("models", *where)[1]
     assert "  version 1 (champion): gate passed; asr 2.5 %; soft" in lines

@@ -12,9 +12,9 @@ from components.evaluation.outcomes import Outcome
 from components.published import model_files, weights_sha256
 from components.records import RECORD_FILE, Record, hash_outputs
 from components.tracked import TrackedRun
-from components.tracking import EVALUATION_TAG, Registered, Tracker
+from components.tracking import Registered, Tracker
 from components.tracking.names import RECORD_TAG
-from pipelines.promotion import gate_tags
+from pipelines.versions import evaluation_tags, gate_tags
 
 PROMPTS = 40
 ASR = (Requirement(metric="asr", at_most=0.2),)
@@ -79,7 +79,7 @@ def register(
             run_id=run_id,
             metrics={"test/asr": len(complied) / PROMPTS},
             time_ms=1_700_000_000_000,
-            tags={EVALUATION_TAG: evaluated.reference, RECORD_TAG: fused.reference, "realign.form": "soft"},
+            tags={**evaluation_tags(evaluated), RECORD_TAG: fused.reference, "realign.form": "soft"},
             decided=gate_tags({"passed": True, "findings": list(findings)} if gate else None, gate or ()),
         )
     )

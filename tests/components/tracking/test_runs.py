@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from components.tracked import Point, TrackedRun
 from components.tracking import EVALUATION_TAG, Registered, Tracker, address_of, default_uri
 from components.tracking.names import DIFFERING_TAG, FINGERPRINT_TAG, OLDER_METRICS_TAG
 from tests.lossy_proxy import lossy_proxy
-from tests.mlflow_server import MlflowServer, free_port
+from tests.mlflow_server import free_port
 
 STARTED = 1_700_000_000_000
 
@@ -40,25 +39,6 @@ def tracked() -> TrackedRun:
         metrics={"aligned/asr": 0.01},
         children=[zh, hi],
     )
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    running = MlflowServer(tmp_path_factory.mktemp("mlflow-server")).start()
-    yield running.uri
-    running.kill()
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One local store for all tests: making its tables takes seconds."""
-    return tmp_path_factory.mktemp("mlflow-local")
-
-
-@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.service)])
-def tracker(request: pytest.FixtureRequest, tmp_path: Path, workspace: Path) -> Tracker:
-    uri = request.getfixturevalue("server") if request.param == "server" else None
-    return Tracker(uri=uri, experiment=f"realign-{tmp_path.name}", workspace=workspace)
 
 
 def client(tracker: Tracker) -> Any:
