@@ -19,7 +19,17 @@ from components.reporting.report_asked import asked_rows
 from components.reporting.report_cost import cost_table
 from components.reporting.report_lineage import lineage
 from components.reporting.report_pictures import before_and_after, pictures, task_vectors
-from components.reporting.rows import KEPT, drawn_models, legend, rows, shown_columns, task_kept
+from components.reporting.rows import (
+    KEPT,
+    confidence_of,
+    drawn_models,
+    legend,
+    level,
+    rows,
+    shown_columns,
+    task_kept,
+    variants,
+)
 from components.reporting.schema import FinetuneSummary, Rates, RunSummary, selected_rates, shown_models
 from components.storage import storage_errors, write_atomic
 
@@ -62,6 +72,7 @@ def render_report(summary: RunSummary, *, beside: Path | None = None) -> str:
             lineage={one["name"]: lineage(summary, one) for one in models},
             cost=cost_table(summary),
             legend=legend(summary),
+            confidence=level(confidence_of(summary)),
             kept=KEPT,
         )
     )
@@ -94,16 +105,9 @@ def _whole(kind: Any, found: Any) -> dict[str, Any]:
     return {**dict.fromkeys(kind.__annotations__), **found}
 
 
-def _variants(one: FinetuneSummary) -> dict[str, Rates]:
-    """label -> rates, of every variant that was measured."""
-    own = {k.removeprefix("after_"): v for k, v in one.items() if k == "before" or k.startswith("after_")}
-    adapter = own.pop("adapter", None)
-    return {k: v for k, v in {**own, "adapter": adapter, **one.get("controls", {})}.items() if v}  # type: ignore[misc]
-
-
 def _set_table(one: FinetuneSummary, most: int) -> dict[str, Any]:
     """Every metric of every set of every variant: `models` are the columns, `lines` (set, metric, intervals)."""
-    measured = {label: rates.get("sets", {}) for label, rates in _variants(one).items()}
+    measured = {label: rates.get("sets", {}) for label, rates in variants(one).items()}
     keys = list(dict.fromkeys((s, m) for sets in measured.values() for s, found in sets.items() for m in found))
     kept = keys if len(keys) <= most else [at for at in keys if "/" not in at[0]][:most]
     lines = [(s, metric, [sets.get(s, {}).get(metric) for sets in measured.values()]) for s, metric in kept]
