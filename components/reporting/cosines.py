@@ -7,7 +7,7 @@ from itertools import combinations
 
 from markupsafe import Markup
 
-from components.reporting.charts import shortened
+from components.reporting.rows import shortened
 
 Cosines = Mapping[str, Mapping[str, float]]
 
@@ -45,7 +45,7 @@ def matrix_svg(cosines: Cosines) -> Markup:
 
 
 def most_alike(cosines: Cosines, count: int) -> list[tuple[str, str, float]]:
-    """The pairs with the largest cosines, whatever their sign."""
+    """The pairs with the largest cosines, whatever their sign: most alike or most opposite."""
     pairs = [(a, b, cosines[a][b]) for a, b in combinations(cosines, 2) if b in cosines[a]]
     return sorted(pairs, key=lambda pair: -abs(pair[2]))[:count]
 

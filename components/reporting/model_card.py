@@ -176,11 +176,11 @@ def _rates_table(summary: RunSummary, one: FinetuneSummary, rates: Rates | None)
                     str(interval["n"]),
                 ]
                 lines.append(f"| {' | '.join(said)} |")
-    interval = f"{level(confidence_of(summary))} interval"
+    percent = f"Percent ({level(confidence_of(summary))} interval)"
     head = [
         "## Measured",
         "",
-        f"Percent ({interval}) on test prompts; the first lines are over all sets that count.",
+        f"{percent} on test prompts; the first lines are over all sets that count.",
         "",
     ]
     table = ["| | aligned model | finetune before | this model | prompts |", "|---|---|---|---|---|"]

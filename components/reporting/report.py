@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from components.evaluation.metrics import holm
 from components.reporting.charts import key
 from components.reporting.pages import METRIC_NAMES, pages
-from components.reporting.report_asked import asked_rows
+from components.reporting.report_asked import asked_rows, in_words
 from components.reporting.report_cost import cost_table
 from components.reporting.report_lineage import lineage
 from components.reporting.report_pictures import before_and_after, pictures, task_vectors
@@ -27,10 +28,11 @@ from components.reporting.rows import (
     level,
     rows,
     shown_columns,
+    standing,
     task_kept,
     variants,
 )
-from components.reporting.schema import FinetuneSummary, Rates, RunSummary, selected_rates, shown_models
+from components.reporting.schema import Difference, FinetuneSummary, Rates, RunSummary, selected_rates, shown_models
 from components.storage import storage_errors, write_atomic
 
 LONG = 6
@@ -57,11 +59,13 @@ def render_report(summary: RunSummary, *, beside: Path | None = None) -> str:
             columns=shown_columns(summary),
             aligned=[row for row in table if row.model == "aligned" and not row.finetune],
             rows={one["name"]: [r for r in table if r.finetune == one["name"] and r.error is None] for one in models},
-            outcomes=[outcome(one) for one in models],
+            outcomes=[outcome(summary, one) for one in models],
             charts=before_and_after(summary),
             chart_key=key({"aligned": "aligned model", "before": "before (finetune)", "after": "after (realigned)"}),
             sets={one["name"]: _set_table(one, _LINES // max(1, len(models))) for one in models},
             single=_single_sets(summary),
+            differences={one["name"]: _differences(one) for one in models},
+            words=in_words,
             examples={one["name"]: _examples(one, max(3, _EXAMPLES // max(1, len(models)))) for one in models},
             metric_names=METRIC_NAMES,
             drawn={one["name"]: drawn_models(summary, one) for one in models},
@@ -78,26 +82,22 @@ def render_report(summary: RunSummary, *, beside: Path | None = None) -> str:
     )
 
 
-def write_report(summary: RunSummary, out: Path) -> Path:
-    """Write the page to `out`."""
+def write_report(summary: RunSummary, out: Path, *, linked: bool = True) -> Path:
+    """Write the page to `out`. `linked`: with links to pages that lie beside it."""
     with storage_errors(out):
-        write_atomic(out, render_report(summary, beside=out.parent))
+        write_atomic(out, render_report(summary, beside=out.parent if linked else None))
     return out
 
 
-def outcome(one: FinetuneSummary) -> dict[str, Any]:
-    """The first line of a finetune: what it was, what the selected variant is, and the verdict in a word."""
+def outcome(summary: RunSummary, one: FinetuneSummary) -> dict[str, Any]:
+    """The first line of a finetune: what it was, what the selected variant is, and what became of it in a word."""
     after, before = selected_rates(one) or {}, one.get("before") or {}
-    gate = one.get("gate")
-    verdict = "failed" if one["status"] == "failed" else "none" if not after else "realigned"
-    if verdict == "realigned" and gate is not None:
-        verdict = "passed" if gate["passed"] else "shut"
     return {
         "one": _whole(FinetuneSummary, one),
         "before": _whole(Rates, before),
         "after": _whole(Rates, after),
         "kept": task_kept(after, before.get("task")),
-        "verdict": verdict,
+        "standing": standing(summary, one),
     }
 
 
@@ -126,6 +126,13 @@ def _single_sets(summary: RunSummary) -> dict[str, list[tuple[str, str, list[Any
                 if "/" not in name and any(cells[1:]):
                     lines.append((one["name"], name, cells))
     return found
+
+
+def _differences(one: FinetuneSummary) -> list[tuple[str, str, Difference, float | None]]:
+    """(first against second, metric, difference, p corrected for all of these) of every paired difference."""
+    every = [(pair, metric, d) for pair, found in one.get("comparisons", {}).items() for metric, d in found.items()]
+    fair = holm({f"{pair} {metric}": d["p"] for pair, metric, d in every if "p" in d})
+    return [(pair.replace("_vs_", " against "), metric, d, fair.get(f"{pair} {metric}")) for pair, metric, d in every]
 
 
 def _examples(one: FinetuneSummary, most: int) -> dict[str, Any]:

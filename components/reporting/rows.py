@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from components.reporting.schema import (
     FinetuneSummary,
@@ -11,6 +12,7 @@ from components.reporting.schema import (
     LandscapeSummary,
     Rates,
     RunSummary,
+    selected_rates,
     shown_models,
 )
 
@@ -131,6 +133,12 @@ def percent(value: float) -> str:
     return text.replace("-", "−")
 
 
+def shortened(text: str, longest: int) -> str:
+    """On one line and with both ends: names differ at either."""
+    text = " ".join(text.split())
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[longest // 2 + 1 - longest :]}"
+
+
 def level(confidence: float) -> str:
     """0.999 -> "99.9 %": never rounded to a certainty."""
     return f"{100 * confidence:g} %"
@@ -168,6 +176,23 @@ def variants(one: FinetuneSummary) -> dict[str, Rates]:
     found: dict[str, Rates | None] = {"before": one.get("before"), "soft": one.get("after_soft")}
     found |= {"binary": one.get("after_binary"), "tuned": one.get("after_tuned"), "adapter": one.get("after_adapter")}
     return {label: rates for label, rates in {**found, **one.get("controls", {})}.items() if rates}
+
+
+Standing = Literal["failed", "merged", "unselected", "realigned", "passed", "shut"]
+
+
+def standing(summary: RunSummary, one: FinetuneSummary) -> Standing:
+    """What became of a model in a word: failed; only merged with others; nothing selected; realigned where no gate was asked,
+    else what the gate says."""
+    if one["status"] == "failed":
+        return "failed"
+    if not selected_rates(one):
+        merges = summary.get("asked", {}).get("merges", {})
+        finetune = one["name"] not in merges
+        merged = any(not merge.get("of") or one["name"] in merge["of"] for merge in merges.values())
+        return "merged" if finetune and merged else "unselected"
+    gate = one.get("gate")
+    return "realigned" if gate is None else "passed" if gate["passed"] else "shut"
 
 
 def same_tasks(one: Rates, other: Rates) -> bool:
