@@ -15,6 +15,7 @@ from components.evaluation.compare import compare_outcomes
 from components.evaluation.metrics import holm
 from components.evaluation.outcomes import HEADLINES, NamedSet, Outcome
 from components.reporting.pages import METRIC_NAMES, pages
+from components.reporting.rows import level
 from components.reporting.schema import Difference, Rates
 from components.storage import storage_errors, write_atomic
 
@@ -106,7 +107,7 @@ def render_comparison(
             kinds={one.name: one.kind for one in sets},
             others=others,
             decisions=decisions,
-            confidence=f"{confidence:.0%}",
+            confidence=level(confidence),
             metric_names=METRIC_NAMES,
             shown=shown_flips(others),
             cut=cut,
