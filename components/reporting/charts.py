@@ -16,7 +16,7 @@ from components.reporting.schema import Interval
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 460, 132, 22, 30, 30
 _STEPS = (0.01, 0.02, 0.05, 0.1, 0.25)
-_LONGEST = 18
+_LONGEST = 16
 
 SHAPES = {"aligned": "bar", "before": "circle", "after": "diamond", "first": "circle", "second": "diamond"}
 """Kind of mark -> its shape; its colour is the page's variable of that name."""

@@ -11,7 +11,7 @@ Cells = Mapping[tuple[str, str], float]
 
 OUTSIDE = ""
 """The row of tensors that belong to no layer."""
-_ROW, _COLUMN, _LEFT, _TOP, _CHARACTER, _WIDE = 22, 58, 76, 26, 6.2, 7.5
+_ROW, _COLUMN, _LEFT, _TOP, _CHARACTER, _WIDE = 22, 58, 76, 36, 6.2, 7.5
 """`_CHARACTER`: the width of one of a label, `_WIDE` of the title."""
 _COLOURS = (
     (0.0, (253, 231, 37)),

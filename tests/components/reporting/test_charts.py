@@ -84,8 +84,8 @@ def test_names_stay_text() -> None:
     root = drawn(interval_chart([Line(evil, (Mark("after", share(1, 4)),))], title=evil))
     assert not [node for node in root.iter() if "script" in node.tag]
     assert [node.text for node in root.iter() if node.tag.endswith("title")][:2] == [evil, evil]
-    assert with_class(root, "label")[0].text == shortened(evil, 18)
-    assert len(shortened(evil, 18)) == 18
+    assert with_class(root, "label")[0].text == shortened(evil, 16)
+    assert len(shortened(evil, 16)) == 16
 
 
 def test_cosines_stand_in_the_matrix() -> None:

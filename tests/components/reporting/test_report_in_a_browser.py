@@ -74,6 +74,8 @@ def everything(directory: Path) -> RunSummary:
     done["notes"] = [f"cannot read {LONG}"]
     done["gate"]["findings"][0]["reason"] = LONG
     found["finetunes"][1]["error"] = LONG
+    merged = found["merged"][0]
+    merged["name"], done["delta"]["cosines"] = LONG, {LONG: 0.312}
     return found
 
 
@@ -97,6 +99,8 @@ def test_everything_is_drawn_and_nothing_asked_for(tab: Browser, page: Path, sho
     assert tab.requests == [page.as_uri()]
     assert tab.complaints == []
     assert tab.run("document.documentElement.scrollWidth") <= width, "the page itself does not scroll sideways"
+    cards = "document.querySelector('table.cards').parentElement"
+    assert width != 390 or tab.run(f"{cards}.scrollWidth <= {cards}.clientWidth"), "nor do cards"
     assert tab.run("document.title").startswith("demo <1>")
     assert EVIL in tab.run("document.body.innerText")
     assert tab.run("document.querySelectorAll('script, img').length") == 0
