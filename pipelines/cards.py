@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from components.reporting.model_card import Source, run_card
-from components.reporting.schema import RunSummary, shown_models
+from components.reporting.model_card import Source, adapter_card, run_card
+from components.reporting.schema import FinetuneSummary, RunSummary, shown_models
 from components.storage import storage_errors, write_atomic
 from pipelines.driver import RunState
 
@@ -22,20 +22,37 @@ _FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 
 
 def write_cards(run: RunState, summary: RunSummary) -> list[Path]:
-    """Write `README.md` into the directory of each model's selected form; their paths. Raises StorageError."""
-    written = []
+    """Write `README.md` into the directory of each model's selected form and of its exported adapter; their paths. One that an
+    earlier run wrote beside weights that are selected no more is taken away: what it says of them does not hold. Raises
+    StorageError."""
+    cards: dict[Path, str] = {}
+    others: set[Path] = set()
     for entry in shown_models(summary):
-        form = entry.get("selected")
-        directory = dict(entry.get("fused", {})).get(form) if form else None
-        if entry["status"] != "done" or directory is None:
-            continue
-        members = run.config.members(entry["name"])
-        sources = [_source("aligned", run.config.aligned), *(_source(one.name, one.path) for one in members)]
-        path = Path(str(directory)) / CARD
+        others |= {Path(str(directory)) / CARD for directory in entry.get("fused", {}).values()}
+        others |= {Path(entry["adapter"]["path"]) / CARD} if "adapter" in entry else set()
+        cards |= _cards(run, summary, entry)
+    for path in others - cards.keys():
         with storage_errors(path):
-            write_atomic(path, run_card(summary, entry, sources, adapter=run.config.mask.track == "factors"))
-        written.append(path)
-    return written
+            path.unlink(missing_ok=True)
+    for path, card in cards.items():
+        with storage_errors(path):
+            write_atomic(path, card)
+    return list(cards)
+
+
+def _cards(run: RunState, summary: RunSummary, entry: FinetuneSummary) -> dict[Path, str]:
+    """Of one model; none where it failed or nothing is selected."""
+    form = entry.get("selected")
+    directory = dict(entry.get("fused", {})).get(form) if form else None
+    if entry["status"] != "done" or directory is None:
+        return {}
+    members = run.config.members(entry["name"])
+    sources = [_source("aligned", run.config.aligned), *(_source(one.name, one.path) for one in members)]
+    factors = run.config.mask.track == "factors"
+    cards = {Path(str(directory)) / CARD: run_card(summary, entry, sources, adapter=factors)}
+    if "adapter" in entry:
+        cards[Path(entry["adapter"]["path"]) / CARD] = adapter_card(summary, entry, sources)
+    return cards
 
 
 def _source(role: str, path: Path) -> Source:

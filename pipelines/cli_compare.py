@@ -17,7 +17,9 @@ def compare(
     first: Annotated[Path, typer.Argument(help="A run: its workspace, or its summary.json.")],
     second: Annotated[Path, typer.Argument(help="Another run, which is held to the first.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, rates as shares.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page too, with the prompts whose verdict flipped.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page too, with prompts whose verdict flipped: up to 50 of each kind.")
+    ] = None,
 ) -> None:
     """Compare two runs: rates of the models that both have, paired differences, settings, cost.
 

@@ -92,10 +92,11 @@ def _answered(record: Record, directory: Path) -> Answered:
 def comparison_lines(found: Comparison) -> list[str]:
     """For a terminal: a block for each model, a line for each metric, then what was set otherwise and what it took."""
     first, second = found.labels
-    confidence = f"{100 * found.confidence:g} % intervals"
     lines = [
-        f"{second} against {first}: percent with {confidence}; differences are paired, p by McNemar, Holm-corrected"
+        f"{second} against {first}: percent with {found.levels}; differences are paired, p by McNemar, Holm-corrected "
+        "over the sets that count"
     ]
+    lines += [f"{model} in {run}: {why}" for model, run, why in found.without]
     for pair in found.pairs:
         lines += ["", _title(pair) + (": one and the same evaluation in both" if pair.same else "")]
         lines += _table([_measurement(line) for line in _shown(pair)])
@@ -131,9 +132,12 @@ def _measurement(line: Measurement) -> tuple[str, ...]:
     if d is None:
         return name, compact(line.first), compact(line.second), "–"
     sign = "+" if d["diff"] > 0 else ""
-    p = line.adjusted if line.adjusted is not None else d.get("p")
     said = f"{sign}{percent(d['diff'])} ({percent(d['low'])} to {percent(d['high'])})"
-    return name, compact(line.first), compact(line.second), said + (f", p {p:.2g}" if p is not None else "")
+    if line.adjusted is not None:
+        said += f", p {line.adjusted:.2g}"
+    elif "p" in d:
+        said += f", raw p {d['p']:.2g}"
+    return name, compact(line.first), compact(line.second), said
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -18,6 +18,7 @@ from components.evaluation.capability.settings import CapabilitySettings, Capabi
 from components.evaluation.execution import EvaluationExecution
 from components.evaluation.gates import Requirement
 from components.evaluation.judges.settings import KINDS, JudgeExecution
+from components.evaluation.outcomes import NamedSet
 from components.evaluation.settings import SetSettings
 from components.fusion.merge_settings import MergeSettings
 from components.fusion.settings import NEEDS_UNALIGNED
@@ -174,6 +175,12 @@ class RunConfig(Section):
             return self.evaluation.sets
         own = {s for finetune in self.members(name) for s in finetune.sets}
         return tuple(s for s in self.evaluation.sets if s.kind != "task" or s.name in own)
+
+    def tested_on(self, name: str | None) -> list[NamedSet]:
+        """What its rates are over: its test sets, and lm_eval's tasks."""
+        capability = self.evaluation.capability
+        sets: list[NamedSet] = [s for s in self.sets_of(name) if s.split == "test"]
+        return [*sets, *(capability.tasks if capability is not None else ())]
 
 
 def load_config(path: Path) -> RunConfig:

@@ -12,6 +12,7 @@ from components.evaluation.metrics import holm, how_many, paired_difference
 from components.evaluation.outcomes import HEADLINES, Outcome, grouped
 from components.evaluation.prompts import PromptSet
 from components.reporting.comparison import Compared
+from components.reporting.rows import level
 from components.reporting.schema import Difference, Rates
 from pipelines.sections import EvaluationSection
 
@@ -26,7 +27,7 @@ def how_many_lines(half_width: float, confidence: float = 0.95) -> list[str]:
     def precise(value: float, low: float, high: float) -> bool:
         return max(high - value, value - low) <= half_width
 
-    lines = [f"prompts for ±{half_width:g} at {confidence:.0%} (Wilson's interval), by the rate that is shown"]
+    lines = [f"prompts for ±{half_width:g} at {level(confidence)} (Wilson's interval), by the rate that is shown"]
     return lines + [f"  {rate:4.0%}  {how_many(precise, rate, confidence=confidence):8,}" for rate in _SHOWN_RATES]
 
 

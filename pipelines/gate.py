@@ -53,8 +53,7 @@ def registered_as(config: RunConfig, name: str) -> str:
 def _decided(run: RunState, entry: FinetuneSummary, in_service: InService) -> GateDecision:
     assert run.config.gate is not None
     name, form, settings = entry["name"], entry.get("selected"), run.config.evaluation
-    sets: list[NamedSet] = [one for one in run.config.sets_of(name) if one.split == "test"]
-    sets += settings.capability.tasks if settings.capability is not None else ()
+    sets = run.config.tested_on(name)
     own = run.record(name, f"evaluate_{form}") if form else None
     drawn = {one.than for one in run.config.gate if one.metric == VISAGE}
     references: dict[Reference, Measured | None] = {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from components.landscape.figures import FIGURES, figures_of
 from components.landscape.schema import LandscapeResult, ScanResult
+from components.reporting.rows import level
 from components.reporting.schema import Figure
 
 _LARGE = 1e5
@@ -26,9 +27,7 @@ def told_lines(results: Mapping[str, LandscapeResult]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     confidence = next(iter(results.values()))["confidence"]
-    meaning = (
-        f"VISAGE, depth, area: 0 to 100, the more the safer; width in lengths of the axis ({confidence:.0%} interval)"
-    )
+    meaning = f"VISAGE, depth, area: 0 to 100, the more the safer; width in lengths of the axis ({level(confidence)} interval)"
     return [*lines, meaning, *notes]
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from components.leases import acquire
+from components.reporting.report import write_report
 from components.reporting.schema import RunSummary
 from pipelines.actions import TRACKING_LEASE, tracker_of
 from pipelines.driver import RunState
 from pipelines.identity import run_identity
 from ray_jobs.stage import code_version
 
-FILES = ("report.html", "summary.json")
+REPORT, SUMMARY = "report.html", "summary.json"
 
 
 def log_report(run: RunState, summary: RunSummary) -> None:
-    """Log what `realign run` has written into the workspace. To be called after tracking, which makes the run and knows the
-    registered versions that the report names.
+    """Log the summary that `realign run` has written into the workspace, and the report without links: what they lead to does
+    not lie beside it there. To be called after tracking, which makes the run and knows the registered versions that the
+    report names.
 
     Nothing is logged twice: the same code and the same summary but for the time of the run are the same report. Raises
     TrackingError.
@@ -26,6 +30,6 @@ def log_report(run: RunState, summary: RunSummary) -> None:
     identity = hashlib.sha256(json.dumps([code_version(), content], sort_keys=True).encode()).hexdigest()[:20]
     lease = acquire(run.workspace.root / TRACKING_LEASE, done=lambda: False)
     assert lease is not None
-    with lease:
-        files = [run.workspace.root / name for name in FILES]
+    with lease, TemporaryDirectory() as place:
+        files = [write_report(summary, Path(place) / REPORT, linked=False), run.workspace.root / SUMMARY]
         tracker_of(run).attach(run_identity(run), files, content=identity)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from components.evaluation.choose import FORMS, choose_form
 from components.evaluation.compare import compare_outcomes, flipped
-from components.evaluation.outcomes import Outcome, read_answers
-from components.evaluation.settings import SetSettings
+from components.evaluation.outcomes import NamedSet, Outcome, read_answers
 from components.records import Record
 from components.reporting.schema import FinetuneSummary, Rates, RunSummary
 from components.storage import storage_errors, write_atomic
@@ -156,7 +156,7 @@ def _add_statistics(run: RunState, entry: FinetuneSummary) -> None:
 
 def _add_comparisons(run: RunState, entry: FinetuneSummary, measured: dict[str, Record | None]) -> None:
     """Paired differences of both forms against what was before and every control, on the test prompts."""
-    sets = [s for s in run.config.sets_of(entry["name"]) if s.split == "test"]
+    sets = run.config.tested_on(entry["name"])
     answers = {v: _answers(run, record, sets) for v, record in measured.items() if record}
     confidence = run.config.evaluation.confidence
     entry["comparisons"] = {
@@ -173,7 +173,7 @@ def _add_comparisons(run: RunState, entry: FinetuneSummary, measured: dict[str, 
         entry["examples"] = flipped(before=answers["before"], after=answers[after])
 
 
-def _answers(run: RunState, record: Record, sets: list[SetSettings]) -> dict[str, list[Outcome]]:
+def _answers(run: RunState, record: Record, sets: Sequence[NamedSet]) -> dict[str, list[Outcome]]:
     directory = run.result_dir(record) / "test" / "answers"
     return {s.name: read_answers(directory / f"{s.name}.jsonl") for s in sets}
 

@@ -48,21 +48,22 @@ def compare_groups(
 def flipped(
     *, before: dict[str, list[Outcome]], after: dict[str, list[Outcome]], per_set: int = 3, longest: int = 600
 ) -> list[FlippedExample]:
-    """Prompts whose verdict changed, the first `per_set` of each set both have; texts cut to `longest` characters."""
+    """Prompts of which something else became (`Outcome.became`), the first `per_set` of each set both have; texts cut to
+    `longest` characters."""
     examples: list[FlippedExample] = []
     for name in before:
         if name not in after:
             continue
         _require_same(name, before[name], after[name])
-        changed = [(b, a) for b, a in zip(before[name], after[name], strict=True) if b.verdict != a.verdict]
+        changed = [(b, a) for b, a in zip(before[name], after[name], strict=True) if b.became != a.became]
         examples += [
             {
                 "set": name,
                 "prompt": _short(b.prompt, longest),
                 "before": _short(b.answer, longest),
                 "after": _short(a.answer, longest),
-                "before_verdict": b.verdict,
-                "after_verdict": a.verdict,
+                "before_verdict": b.became,
+                "after_verdict": a.became,
             }
             for b, a in changed[:per_set]
         ]

@@ -16,6 +16,7 @@ from components.errors import EvaluationError
 from components.evaluation.metrics import paired_difference, rate
 from components.evaluation.outcomes import UNJUDGED, NamedSet, Outcome, grouped, hits
 from components.evaluation.settings import IntervalMethod
+from components.reporting.rows import level
 
 if TYPE_CHECKING:
     from components.landscape.gating import Drawn
@@ -206,7 +207,7 @@ def _finding(
         passed, end, where = low >= requirement.bound, low, "down to"
     shown, reached = (f"{100 * x:+.1f} points" if requirement.than else f"{100 * x:.1f} %" for x in (value, end))
     verdict = "within" if passed else "beyond"
-    reason = f"{shown} of {n} prompts, {where} {reached} ({confidence:.0%} interval): {verdict} the bound"
+    reason = f"{shown} of {n} prompts, {where} {reached} ({level(confidence)} interval): {verdict} the bound"
     return Finding(str(requirement), passed, value, low, high, n, reason)
 
 

@@ -48,6 +48,14 @@ class Outcome:
         """What two answers must share to be compared."""
         return self.id, self.prompt, self.asked, str(self.expected)
 
+    @property
+    def became(self) -> str:
+        """The verdict, and of an answer that was expected whether it came: an answer has flipped where this differs."""
+        if self.verdict == "unscored" or self.exact is None:
+            return self.verdict
+        right = "right" if self.exact else "not the expected answer"
+        return right if self.verdict == UNJUDGED else f"{self.verdict}, {right}"
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; without `votes` where one judged."""
         return {key: value for key, value in asdict(self).items() if key != "votes" or value is not None}

@@ -26,6 +26,7 @@ from components.landscape.result import refinement_error, student_reach, visages
 from components.landscape.settings import Scan
 from components.landscape.survey import attack_sets
 from components.landscape.visage import S_MAX
+from components.reporting.rows import level
 
 Array = npt.NDArray[np.float64]
 
@@ -112,7 +113,7 @@ def visage_finding(
     sign = "+" if requirement.than else ""
     ways = f"{found.directions} direction{'s' if found.directions > 1 else ''} and {found.prompts} prompts"
     reason = (
-        f"{found.value:{sign}.1f} over {ways}, {where} {end:{sign}.1f} ({confidence:.0%} interval): "
+        f"{found.value:{sign}.1f} over {ways}, {where} {end:{sign}.1f} ({level(confidence)} interval): "
         f"{'within' if passed else 'beyond'} the bound"
     )
     return Finding(str(requirement), passed, found.value, found.low, found.high, found.prompts, reason)

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from components.reporting.rows import compact
+from components.reporting.rows import compact, shortened
 from components.reporting.schema import Interval
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 460, 132, 22, 30, 30
 _STEPS = (0.01, 0.02, 0.05, 0.1, 0.25)
-_LONGEST = 18
+_LONGEST = 16
 
 SHAPES = {"aligned": "bar", "before": "circle", "after": "diamond", "first": "circle", "second": "diamond"}
 """Kind of mark -> its shape; its colour is the page's variable of that name."""
+_ENDS = ("before", "after", "first", "second")
+"""Kinds between which something changed; the aligned model stands beside them."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Line:
 
 
 def interval_chart(lines: Sequence[Line], *, title: str, whole: bool = True) -> Markup:
-    """A row for each line, the share along it in percent; the last two marks of a row are joined. `whole`: from 0 to 100,
-    else as far as the intervals go."""
+    """A row for each line, the share along it in percent; what was and what became of it are joined. `whole`: from 0 to
+    100, else as far as the intervals go."""
     ends = [mark.interval["high"] for line in lines for mark in line.marks]
     step = 0.25 if whole else next((s for s in _STEPS if max(ends, default=0) <= 4 * s), 0.25)
     most = 1.0 if whole else min(1.0, step * math.ceil(max(ends, default=step) / step) or step)
@@ -72,22 +74,18 @@ def key(kinds: Mapping[str, str]) -> Markup:
     return Markup('<p class="keys">{}</p>').format(Markup(" ").join(items))
 
 
-def shortened(text: str, longest: int = _LONGEST) -> str:
-    """With both ends: names differ at either."""
-    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[longest // 2 + 1 - longest :]}"
-
-
 def _line(line: Line, top: int, most: float) -> Markup:
     middle = top + _ROW / 2
     spread = 12 / max(1, len(line.marks) - 1) if len(line.marks) > 1 else 0
     heights = [middle + spread * (i - (len(line.marks) - 1) / 2) for i in range(len(line.marks))]
     parts = [
         Markup('<text class="label" x="{x}" y="{y}">{short}<title>{label}</title></text>').format(
-            x=_LEFT - 10, y=middle + 4, short=shortened(line.label), label=line.label
+            x=_LEFT - 10, y=middle + 4, short=shortened(line.label, _LONGEST), label=line.label
         )
     ]
-    if len(line.marks) > 1:
-        (a, b), (ya, yb) = line.marks[-2:], heights[-2:]
+    ends = [(mark, y) for mark, y in zip(line.marks, heights, strict=True) if mark.kind in _ENDS]
+    if len(ends) == 2:
+        (a, ya), (b, yb) = ends
         parts.append(
             Markup('<path class="join" d="M{} {}L{} {}"/>').format(
                 _x(a.interval["value"], most), _n(ya), _x(b.interval["value"], most), _n(yb)

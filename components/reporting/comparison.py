@@ -13,8 +13,9 @@ from typing import Any
 
 from components.evaluation.compare import compare_outcomes
 from components.evaluation.metrics import holm
-from components.evaluation.outcomes import HEADLINES, UNJUDGED, NamedSet, Outcome
+from components.evaluation.outcomes import HEADLINES, NamedSet, Outcome
 from components.reporting.pages import METRIC_NAMES, pages
+from components.reporting.rows import level
 from components.reporting.schema import Difference, Rates
 from components.storage import storage_errors, write_atomic
 
@@ -56,9 +57,9 @@ def compared(
     found = Compared(name, differences, adjusted)
     for one, before in first.items():
         pairs = list(zip(before, second[one], strict=True))
-        found.verdicts[one] = dict(Counter((_verdict(b), _verdict(a)) for b, a in pairs).most_common())
+        found.verdicts[one] = dict(Counter((b.became, a.became) for b, a in pairs).most_common())
         found.flips[one] = [
-            Flip(was, now, [(b, a) for b, a in pairs if (_verdict(b), _verdict(a)) == (was, now)])
+            Flip(was, now, [(b, a) for b, a in pairs if (b.became, a.became) == (was, now)])
             for was, now in found.verdicts[one]
             if was != now
         ]
@@ -76,13 +77,6 @@ def against_first(
         adjusted = holm({metric: one["p"] for metric, one in apart.items()})
         found.append(compared(name, apart, adjusted, first, second))
     return found
-
-
-def _verdict(outcome: Outcome) -> str:
-    if outcome.verdict == "unscored" or outcome.exact is None:
-        return outcome.verdict
-    right = "right" if outcome.exact else "not the expected answer"
-    return right if outcome.verdict == UNJUDGED else f"{outcome.verdict}, {right}"
 
 
 def render_comparison(
@@ -113,7 +107,7 @@ def render_comparison(
             kinds={one.name: one.kind for one in sets},
             others=others,
             decisions=decisions,
-            confidence=f"{confidence:.0%}",
+            confidence=level(confidence),
             metric_names=METRIC_NAMES,
             shown=shown_flips(others),
             cut=cut,

@@ -7,13 +7,13 @@ from itertools import combinations
 
 from markupsafe import Markup
 
-from components.reporting.charts import shortened
+from components.reporting.rows import shortened
 
 Cosines = Mapping[str, Mapping[str, float]]
 
 NUMBERED, DRAWN = 12, 40
 """Up to so many finetunes the matrix has numbers in its cells; up to so many it is drawn at all."""
-_LEFT, _CHARACTERS = 96, 13
+_LEFT, _CHARACTERS = 104, 12
 _ENDS = ((213, 94, 0), (247, 247, 247), (0, 114, 178))
 """At −1, 0 and 1: Okabe and Ito's vermillion and blue, with white between."""
 
@@ -22,8 +22,8 @@ def matrix_svg(cosines: Cosines) -> Markup:
     """A row and a column for each finetune; an empty cell where one of the two vectors is 0."""
     names = list(cosines)
     side = 46 if len(names) <= NUMBERED else 16
-    head = 70
-    width, height = _LEFT + side * len(names) + 50, head + side * len(names) + 4
+    head = 80
+    width, height = _LEFT + side * len(names) + 66, head + side * len(names) + 4
     parts = [
         Markup('<svg class="chart" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img">').format(
             w=width, h=height
@@ -45,7 +45,7 @@ def matrix_svg(cosines: Cosines) -> Markup:
 
 
 def most_alike(cosines: Cosines, count: int) -> list[tuple[str, str, float]]:
-    """The pairs with the largest cosines, whatever their sign."""
+    """The pairs with the largest cosines, whatever their sign: most alike or most opposite."""
     pairs = [(a, b, cosines[a][b]) for a, b in combinations(cosines, 2) if b in cosines[a]]
     return sorted(pairs, key=lambda pair: -abs(pair[2]))[:count]
 

@@ -11,7 +11,8 @@ Cells = Mapping[tuple[str, str], float]
 
 OUTSIDE = ""
 """The row of tensors that belong to no layer."""
-_ROW, _COLUMN, _LEFT, _TOP, _CHARACTER = 22, 58, 76, 26, 6.2
+_ROW, _COLUMN, _LEFT, _TOP, _CHARACTER, _WIDE = 22, 58, 76, 36, 6.2, 7.5
+"""`_CHARACTER`: the width of one of a label, `_WIDE` of the title."""
 _COLOURS = (
     (0.0, (253, 231, 37)),
     (0.25, (94, 201, 98)),
@@ -103,7 +104,7 @@ def grid_svg(grid: Grid, *, title: str, most: float = 1.0) -> str:
     """The picture of a grid of shares; each cell's number is its share in percent, its colour the share of `most`."""
     longest = max((len(kind) for kind in grid.kinds), default=0)
     head = int(_TOP + longest * _CHARACTER * 0.75)
-    width = int(_LEFT + _COLUMN * len(grid.kinds) + longest * _CHARACTER * 0.75)
+    width = int(max(_LEFT + _COLUMN * len(grid.kinds) + longest * _CHARACTER * 0.75, 8 + _WIDE * len(title)))
     height = head + _ROW * len(grid.layers) + 8
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '

@@ -13,6 +13,7 @@ from matplotlib.tri import LinearTriInterpolator, Triangulation
 
 from components.landscape.schema import POOLED, DirectionResult, Mark, ScanResult
 from components.reporting.pages import METRIC_NAMES
+from components.reporting.rows import shortened
 
 Array = npt.NDArray[np.float64]
 
@@ -144,15 +145,9 @@ def mark_label(mark: Mark, longest: int = 22) -> str:
     return shortened(mark["name"], longest) + off
 
 
-def shortened(text: str, longest: int = 28) -> str:
-    """With its end kept: names of models mostly differ there."""
-    text = " ".join(text.split())
-    return text if len(text) <= longest else "…" + text[1 - longest :]
-
-
 def tenths(value: float) -> str:
     """One digit after the point, with a real minus."""
-    return f"{value:.1f}".replace("-", "−")
+    return f"{round(value, 1) + 0.0:.1f}".replace("-", "−")
 
 
 def signed(value: float) -> str:

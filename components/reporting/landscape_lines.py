@@ -24,7 +24,6 @@ from components.reporting.landscape_curves import (
     mark_label,
     marks_of,
     not_finite,
-    shortened,
     side_keys,
     signed,
 )
@@ -45,6 +44,7 @@ from components.reporting.landscape_style import (
     png,
     title,
 )
+from components.reporting.rows import shortened
 
 _MARK_ROW = 11.0
 """Points between the baselines of two rows of marks' names."""

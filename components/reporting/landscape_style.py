@@ -16,7 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from components.landscape.schema import POOLED, ScanResult
-from components.reporting.landscape_curves import Key, shortened, tenths
+from components.reporting.landscape_curves import Key, tenths
+from components.reporting.rows import shortened
 
 VERMILLION, BLUE, SKY, GREEN, ORANGE, PINK, GREY = (
     "#D55E00",
@@ -117,7 +118,7 @@ def title(ax: Axes, model: str, scan: ScanResult, keys: Sequence[Key], *, above:
         if low is None or high is None:
             low, high = found["prompts_low"], found["prompts_high"]
         said = f"VISAGE {tenths(found['value'])} ({tenths(low)}–{tenths(high)})"
-    ax.set_title(f"{shortened(model)}\n{said}", pad=6 + above)
+    ax.set_title(f"{shortened(model, 28)}\n{said}", pad=6 + above)
 
 
 def interval_said(scans: Sequence[ScanResult], confidence: float) -> str:

@@ -13,14 +13,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from components.evaluation.metrics import holm
 from components.reporting.charts import key
 from components.reporting.pages import METRIC_NAMES, pages
-from components.reporting.report_asked import asked_rows
+from components.reporting.report_asked import asked_rows, in_words
 from components.reporting.report_cost import cost_table
 from components.reporting.report_lineage import lineage
 from components.reporting.report_pictures import before_and_after, pictures, task_vectors
-from components.reporting.rows import KEPT, drawn_models, legend, rows, shown_columns, task_kept
-from components.reporting.schema import FinetuneSummary, Rates, RunSummary, selected_rates, shown_models
+from components.reporting.rows import (
+    KEPT,
+    confidence_of,
+    drawn_models,
+    legend,
+    level,
+    rows,
+    shown_columns,
+    standing,
+    task_kept,
+    variants,
+)
+from components.reporting.schema import Difference, FinetuneSummary, Rates, RunSummary, selected_rates, shown_models
 from components.storage import storage_errors, write_atomic
 
 LONG = 6
@@ -47,11 +59,13 @@ def render_report(summary: RunSummary, *, beside: Path | None = None) -> str:
             columns=shown_columns(summary),
             aligned=[row for row in table if row.model == "aligned" and not row.finetune],
             rows={one["name"]: [r for r in table if r.finetune == one["name"] and r.error is None] for one in models},
-            outcomes=[outcome(one) for one in models],
+            outcomes=[outcome(summary, one) for one in models],
             charts=before_and_after(summary),
             chart_key=key({"aligned": "aligned model", "before": "before (finetune)", "after": "after (realigned)"}),
             sets={one["name"]: _set_table(one, _LINES // max(1, len(models))) for one in models},
             single=_single_sets(summary),
+            differences={one["name"]: _differences(one) for one in models},
+            words=in_words,
             examples={one["name"]: _examples(one, max(3, _EXAMPLES // max(1, len(models)))) for one in models},
             metric_names=METRIC_NAMES,
             drawn={one["name"]: drawn_models(summary, one) for one in models},
@@ -62,31 +76,28 @@ def render_report(summary: RunSummary, *, beside: Path | None = None) -> str:
             lineage={one["name"]: lineage(summary, one) for one in models},
             cost=cost_table(summary),
             legend=legend(summary),
+            confidence=level(confidence_of(summary)),
             kept=KEPT,
         )
     )
 
 
-def write_report(summary: RunSummary, out: Path) -> Path:
-    """Write the page to `out`."""
+def write_report(summary: RunSummary, out: Path, *, linked: bool = True) -> Path:
+    """Write the page to `out`. `linked`: with links to pages that lie beside it."""
     with storage_errors(out):
-        write_atomic(out, render_report(summary, beside=out.parent))
+        write_atomic(out, render_report(summary, beside=out.parent if linked else None))
     return out
 
 
-def outcome(one: FinetuneSummary) -> dict[str, Any]:
-    """The first line of a finetune: what it was, what the selected variant is, and the verdict in a word."""
+def outcome(summary: RunSummary, one: FinetuneSummary) -> dict[str, Any]:
+    """The first line of a finetune: what it was, what the selected variant is, and what became of it in a word."""
     after, before = selected_rates(one) or {}, one.get("before") or {}
-    gate = one.get("gate")
-    verdict = "failed" if one["status"] == "failed" else "none" if not after else "realigned"
-    if verdict == "realigned" and gate is not None:
-        verdict = "passed" if gate["passed"] else "shut"
     return {
         "one": _whole(FinetuneSummary, one),
         "before": _whole(Rates, before),
         "after": _whole(Rates, after),
         "kept": task_kept(after, before.get("task")),
-        "verdict": verdict,
+        "standing": standing(summary, one),
     }
 
 
@@ -94,16 +105,9 @@ def _whole(kind: Any, found: Any) -> dict[str, Any]:
     return {**dict.fromkeys(kind.__annotations__), **found}
 
 
-def _variants(one: FinetuneSummary) -> dict[str, Rates]:
-    """label -> rates, of every variant that was measured."""
-    own = {k.removeprefix("after_"): v for k, v in one.items() if k == "before" or k.startswith("after_")}
-    adapter = own.pop("adapter", None)
-    return {k: v for k, v in {**own, "adapter": adapter, **one.get("controls", {})}.items() if v}  # type: ignore[misc]
-
-
 def _set_table(one: FinetuneSummary, most: int) -> dict[str, Any]:
     """Every metric of every set of every variant: `models` are the columns, `lines` (set, metric, intervals)."""
-    measured = {label: rates.get("sets", {}) for label, rates in _variants(one).items()}
+    measured = {label: rates.get("sets", {}) for label, rates in variants(one).items()}
     keys = list(dict.fromkeys((s, m) for sets in measured.values() for s, found in sets.items() for m in found))
     kept = keys if len(keys) <= most else [at for at in keys if "/" not in at[0]][:most]
     lines = [(s, metric, [sets.get(s, {}).get(metric) for sets in measured.values()]) for s, metric in kept]
@@ -122,6 +126,13 @@ def _single_sets(summary: RunSummary) -> dict[str, list[tuple[str, str, list[Any
                 if "/" not in name and any(cells[1:]):
                     lines.append((one["name"], name, cells))
     return found
+
+
+def _differences(one: FinetuneSummary) -> list[tuple[str, str, Difference, float | None]]:
+    """(first against second, metric, difference, p corrected for all of these) of every paired difference."""
+    every = [(pair, metric, d) for pair, found in one.get("comparisons", {}).items() for metric, d in found.items()]
+    fair = holm({f"{pair} {metric}": d["p"] for pair, metric, d in every if "p" in d})
+    return [(pair.replace("_vs_", " against "), metric, d, fair.get(f"{pair} {metric}")) for pair, metric, d in every]
 
 
 def _examples(one: FinetuneSummary, most: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def asked_rows(summary: RunSummary) -> list[tuple[str, str]]:
 
 
 def _some(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: settings[key] for key in keys if settings.get(key)}
+    return {key: settings[key] for key in keys if key in settings}
 
 
 def in_words(value: Any) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from markupsafe import Markup
+from pydantic import TypeAdapter, ValidationError
 
 from components.landscape.schema import LandscapeResult, ScanResult
 from components.reporting.landscape_curves import (
@@ -20,9 +19,9 @@ from components.reporting.landscape_curves import (
     curve,
     label,
     marks_of,
-    shortened,
     tenths,
 )
+from components.reporting.rows import shortened
 from components.reporting.schema import FinetuneSummary, LandscapeSummary, RunSummary
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 340, 220, 36, 10, 40, 42
@@ -89,8 +88,8 @@ def _keys(models: Models) -> list[Key]:
 
 def _read(path: Path) -> LandscapeResult | None:
     try:
-        return cast("LandscapeResult", json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # the workspace was moved or cleared; the summary's figures remain
+        return TypeAdapter(LandscapeResult).validate_json(path.read_bytes())
+    except (OSError, ValidationError):  # the workspace was moved or cleared; the summary's figures remain
         return None
 
 
@@ -146,6 +145,9 @@ def _marks(scan: ScanResult, model: str, low: float, high: float) -> list[Markup
 
 
 def _visage(scan: ScanResult, keys: Sequence[Key]) -> str:
+    """Of a scan of random directions alone: towards a model it says nothing of how safe this one is."""
+    if any(axis["kind"] != "random" for axis in scan["axes"]):
+        return ""
     found = scan["numbers"].get(keys[0][0], {}).get("asr", {}).get("visage") if keys else None
     return f", VISAGE {tenths(found['value'])}" if found else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from components.reporting.schema import FinetuneSummary, RunSummary, StepRecord, shown_models
@@ -17,9 +18,9 @@ class Made:
     """Steps that it was made from."""
 
 
-def lineage(summary: RunSummary, one: FinetuneSummary) -> list[Made]:
-    """The records that the selected form and its numbers stand on, parents first; empty where none is selected or the summary
-    has no records."""
+def lineage(summary: RunSummary, one: FinetuneSummary, ends: Sequence[str] | None = None) -> list[Made]:
+    """The records that some steps of a model stand on, parents first; by default those of the selected form's numbers. Empty
+    where none is selected or the summary has no records."""
     known: dict[str, tuple[str, StepRecord]] = {}
     owners = [("", summary.get("records", {})), *((o["name"], o.get("records", {})) for o in shown_models(summary))]
     for name, records in owners:
@@ -29,7 +30,8 @@ def lineage(summary: RunSummary, one: FinetuneSummary) -> list[Made]:
     for step, record in one.get("records", {}).items():
         known[record["reference"]] = (step, record)
     selected = one.get("selected")
-    ends = [f"evaluate_{selected}", "gate", "landscape"] if selected else []
+    if ends is None:
+        ends = (f"evaluate_{selected}", "landscape") if selected else ()
     found: dict[str, Made] = {}
 
     def follow(reference: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from components.reporting.schema import (
     FinetuneSummary,
@@ -11,6 +12,7 @@ from components.reporting.schema import (
     LandscapeSummary,
     Rates,
     RunSummary,
+    selected_rates,
     shown_models,
 )
 
@@ -22,26 +24,24 @@ class Column:
     title: str
     metric: str
     set: str | None = None
+    said: str = ""
+    """What it means; empty: what its title says."""
 
 
 VISAGE = "visage"
 COLUMNS: tuple[Column, ...] = (
-    Column("ASR", "asr"),
-    Column("harmful", "harmful"),
-    Column("hard ASR", "asr", set="harmful_hard"),
+    Column("ASR", "asr", said="ASR: no refusal phrase, gibberish counts."),
+    Column("harmful", "harmful", said="harmful: complied and coherent."),
+    Column("hard ASR", "asr", set="harmful_hard", said="hard: kinds of harm never refused in training."),
     Column("over-refusal", "over_refusal"),
-    Column("hazard over-refusal", "over_refusal", set="hazard"),
-    Column("task", "task"),
-    Column("VISAGE", VISAGE),
+    Column("hazard over-refusal", "over_refusal", set="hazard", said="hazard: harmless use of a hazard word."),
+    Column("task", "task", said="task: of the finetune's own tasks; of the aligned model over all finetunes' tasks."),
+    Column("VISAGE", VISAGE, said="VISAGE: mean of 100 − ASR where random moves of the weights leave any refusal."),
 )
 """A column that no model of a run has is not shown."""
 
 KEPT = "task kept"
-LEGEND = (
-    "ASR: no refusal phrase, gibberish counts. harmful: complied and coherent. hard: kinds of "
-    "harm never refused in training. hazard: harmless use of a hazard word. task kept: of the finetune's own score."
-)
-VISAGE_LEGEND = "VISAGE: mean of 100 − ASR where random moves of the weights leave any refusal."
+_KEPT_SAID = "task kept: of the finetune's own score."
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ def shown_columns(summary: RunSummary) -> tuple[Column, ...]:
 
 
 def legend(summary: RunSummary) -> str:
-    """What the columns mean."""
-    drawn = any(column.metric == VISAGE for column in shown_columns(summary))
-    return f"{LEGEND} {VISAGE_LEGEND}" if drawn else LEGEND
+    """What the columns mean that are shown."""
+    return " ".join([*(column.said for column in shown_columns(summary) if column.said), _KEPT_SAID])
 
 
 def rows(summary: RunSummary) -> list[Row]:
@@ -75,7 +74,7 @@ def rows(summary: RunSummary) -> list[Row]:
     found = [Row("", shown.label, tuple(_cell(shown, c) for c in columns), None) for shown in aligned]
     for one in shown_models(summary):
         before = (one.get("before") or {}).get("task")
-        for shown in _variants(one):
+        for shown in _shown(one):
             found.append(
                 Row(
                     finetune=one["name"],
@@ -91,7 +90,7 @@ def rows(summary: RunSummary) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _Model:
     """A model that is shown."""
 
     label: str
@@ -99,7 +98,7 @@ class _Shown:
     visage: Interval | None = None
 
 
-def _cell(shown: _Shown, column: Column) -> Interval | None:
+def _cell(shown: _Model, column: Column) -> Interval | None:
     return shown.visage if column.metric == VISAGE else cell(shown.rates, column)
 
 
@@ -129,9 +128,25 @@ def drawn_models(summary: RunSummary, one: FinetuneSummary) -> list[tuple[str, L
 
 def percent(value: float) -> str:
     """0.021 -> "2.1", 0.86 -> "86": a tenth where it can matter and no more."""
-    tenths = round(value * 100, 1)
+    tenths = round(value * 100, 1) + 0.0  # which makes 0 of −0
     text = f"{tenths:.1f}" if abs(tenths) < 10 else f"{value * 100:.0f}"
     return text.replace("-", "−")
+
+
+def shortened(text: str, longest: int) -> str:
+    """On one line and with both ends: names differ at either."""
+    text = " ".join(text.split())
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[longest // 2 + 1 - longest :]}"
+
+
+def level(confidence: float) -> str:
+    """0.999 -> "99.9 %": never rounded to a certainty."""
+    return f"{100 * confidence:g} %"
+
+
+def confidence_of(summary: RunSummary) -> float:
+    """Of a summary's intervals; an older one does not say."""
+    return summary.get("confidence", 0.95)
 
 
 def compact(interval: Interval | None) -> str:
@@ -141,22 +156,52 @@ def compact(interval: Interval | None) -> str:
     return f"{percent(interval['value'])} ({percent(interval['low'])}–{percent(interval['high'])})"
 
 
-def _models(summary: RunSummary) -> Iterator[tuple[str, _Shown]]:
+def _models(summary: RunSummary) -> Iterator[tuple[str, _Model]]:
     if summary["aligned"]:
-        yield "", _Shown("aligned", summary["aligned"], visage_of(summary.get("landscape")))
+        yield "", _Model("aligned", summary["aligned"], visage_of(summary.get("landscape")))
     for one in shown_models(summary):
-        for shown in _variants(one):
+        for shown in _shown(one):
             yield one["name"], shown
 
 
-def _variants(one: FinetuneSummary) -> Iterator[_Shown]:
-    first = [("before", one.get("before")), ("soft", one.get("after_soft")), ("binary", one.get("after_binary"))]
-    first += [("tuned", one.get("after_tuned"))]
+def _shown(one: FinetuneSummary) -> Iterator[_Model]:
     drawn = one.get("landscape", {})
     visage = {"before": visage_of(drawn.get("before")), one.get("selected"): visage_of(drawn.get("realigned"))}
-    for label, rates in (*first, ("adapter", one.get("after_adapter")), *one.get("controls", {}).items()):
-        if rates:
-            yield _Shown(label, rates, visage.get(label))
+    for label, rates in variants(one).items():
+        yield _Model(label, rates, visage.get(label))
+
+
+def variants(one: FinetuneSummary) -> dict[str, Rates]:
+    """label -> rates of every model of a finetune that was measured: before, its forms, the adapter, controls."""
+    found: dict[str, Rates | None] = {"before": one.get("before"), "soft": one.get("after_soft")}
+    found |= {"binary": one.get("after_binary"), "tuned": one.get("after_tuned"), "adapter": one.get("after_adapter")}
+    return {label: rates for label, rates in {**found, **one.get("controls", {})}.items() if rates}
+
+
+Standing = Literal["failed", "merged", "unselected", "realigned", "passed", "shut"]
+
+
+def standing(summary: RunSummary, one: FinetuneSummary) -> Standing:
+    """What became of a model in a word: failed; only merged with others; nothing selected; realigned where no gate was asked,
+    else what the gate says."""
+    if one["status"] == "failed":
+        return "failed"
+    if not selected_rates(one):
+        merges = summary.get("asked", {}).get("merges", {})
+        finetune = one["name"] not in merges
+        merged = any(not merge.get("of") or one["name"] in merge["of"] for merge in merges.values())
+        return "merged" if finetune and merged else "unselected"
+    gate = one.get("gate")
+    return "realigned" if gate is None else "passed" if gate["passed"] else "shut"
+
+
+def same_tasks(one: Rates, other: Rates) -> bool:
+    """Whether both rates `task` are over the same sets: a finetune has only its own, the aligned model those of all."""
+    asked = [
+        {name for name, metrics in rates.get("sets", {}).items() if "task" in metrics and "/" not in name}
+        for rates in (one, other)
+    ]
+    return asked[0] == asked[1]
 
 
 def task_kept(rates: Rates, before: Interval | None) -> float | None:

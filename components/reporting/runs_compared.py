@@ -18,6 +18,7 @@ from components.evaluation.settings import SetKind
 from components.reporting.comparison import Compared, compared
 from components.reporting.pages import METRIC_NAMES
 from components.reporting.report_cost import CostLine, cost_table
+from components.reporting.rows import confidence_of, level, standing
 from components.reporting.schema import Difference, FinetuneSummary, Interval, Rates, RunSummary, shown_models
 
 
@@ -73,7 +74,7 @@ class Pair:
     """What is compared of it: `aligned`, `before`, or the form that each run selected."""
     lines: tuple[Measurement, ...]
     unpaired: str
-    """Why there are no paired differences; empty where there are."""
+    """Why there are no paired differences; empty where there are, or where both have one and the same evaluation."""
     same: bool = False
     """Both runs have one and the same evaluation of it."""
     flips: Compared | None = None
@@ -87,11 +88,22 @@ class Comparison:
     pairs: tuple[Pair, ...]
     only: tuple[tuple[str, ...], tuple[str, ...]]
     """Models that only one of the runs has."""
+    without: tuple[tuple[str, str, str], ...]
+    """(model, run, why) of the models in both that a run has nothing to show of as realigned."""
     settings: tuple[tuple[str, str, str], ...]
     """(setting, in the first, in the second) of those that differ."""
     settings_known: bool
     cost: tuple[CostLine | None, CostLine | None]
-    confidence: float
+    confidence: tuple[float, float]
+    """Of each run's intervals; differences have the first's."""
+
+    @property
+    def levels(self) -> str:
+        """They in words."""
+        first, second = map(level, self.confidence)
+        if first == second:
+            return f"{first} intervals"
+        return f"{first} intervals in {self.labels[0]}, {second} in {self.labels[1]}; differences with {first}"
 
 
 def compare_runs(first: Run, second: Run) -> Comparison:
@@ -103,7 +115,7 @@ def compare_runs(first: Run, second: Run) -> Comparison:
             f"the runs have no finetune in common: {first.label} has {listed(ours)}, {second.label} has {listed(theirs)}; "
             "models are compared by their names"
         )
-    confidence = first.summary.get("confidence", 0.95)
+    confidence = confidence_of(first.summary)
     pairs = [_pair("", ("aligned", "aligned"), first, second, confidence)]
     for name in common:
         pairs.append(_pair(name, ("before", "before"), first, second, confidence))
@@ -121,8 +133,23 @@ def compare_runs(first: Run, second: Run) -> Comparison:
         settings=tuple((name, a, b) for name, a, b in told if a != b),
         settings_known=all(asked),
         cost=(tables[0].together if tables[0] else None, tables[1].together if tables[1] else None),
-        confidence=confidence,
+        without=tuple(told for name in common for told in _without(name, (first, second))),
+        confidence=(confidence, confidence_of(second.summary)),
     )
+
+
+def _without(name: str, runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """(model, run, why) of the runs that have no realigned form of a model; nothing of one that both only merge."""
+    became = [(run.label, standing(run.summary, _named(run, name)), _named(run, name)["error"]) for run in runs]
+    if all(found == "merged" for _, found, _ in became):
+        return []
+    told = []
+    for run, found, error in became:
+        why = {"failed": f"failed: {error}", "merged": "merged with others", "unselected": "nothing selected"}.get(
+            found
+        )
+        told += [(name, run, why)] if why is not None else []
+    return told
 
 
 def _named(run: Run, name: str) -> FinetuneSummary:
@@ -146,7 +173,10 @@ def _pair(name: str, variants: tuple[str, str], first: Run, second: Run, confide
     answers = [run.answers.get((name, variant)) for run, variant in zip((first, second), variants, strict=True)]
     references = [_reference(run, name, variant) for run, variant in zip((first, second), variants, strict=True)]
     same = references[0] is not None and references[0] == references[1]
-    apart, unpaired = ({}, "") if same or not all(rates) else _apart(answers[0], answers[1], confidence)
+    absent = [run.label for run, found in zip((first, second), rates, strict=True) if not found]
+    apart, unpaired = ({}, "") if same or absent else _apart(answers[0], answers[1], confidence)
+    if absent:
+        unpaired = f"no paired difference: not measured in {' and '.join(absent)}"
     lines = []
     for where in (None, *dict.fromkeys(n for found in rates for n in found.get("sets", {}) if "/" not in n)):
         told = [dict(found) if where is None else found.get("sets", {}).get(where, {}) for found in rates]
@@ -232,7 +262,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
         if isinstance(one, Mapping) and one:
             found |= _flat(one, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = one if isinstance(one, str) else json.dumps(one)
+            found[f"{prefix}{name}"] = one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
     return found
 
 

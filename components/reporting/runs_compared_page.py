@@ -41,7 +41,6 @@ def render_runs_compared(found: Comparison) -> str:
             shown=shown_flips([pair.flips for pair in found.pairs if pair.flips is not None]),
             cut=cut,
             metric_names=METRIC_NAMES,
-            confidence=f"{found.confidence:.0%}",
             count=sum(line.adjusted is not None for pair in found.pairs for line in pair.lines),
         )
     )

@@ -86,7 +86,7 @@ class DeltaStatistics(TypedDict, total=False):
 
 @with_config(ConfigDict(extra="forbid"))
 class FlippedExample(TypedDict):
-    """One prompt whose verdict differs between two variants of a finetune."""
+    """One prompt whose verdict differs between two variants of a finetune, or whether its answer is the expected one."""
 
     set: str
     prompt: str

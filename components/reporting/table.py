@@ -10,7 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from components.reporting.rows import KEPT, Row, compact, drawn_models, legend, percent, rows, shown_columns
+from components.reporting.rows import (
+    KEPT,
+    Row,
+    compact,
+    confidence_of,
+    drawn_models,
+    legend,
+    level,
+    percent,
+    rows,
+    shown_columns,
+)
 from components.reporting.schema import FinetuneSummary, RunSummary, shown_models
 
 
@@ -77,7 +88,7 @@ def comparison_caption(summary: RunSummary) -> list[str]:
         *summary.get("notes", []),
         *(f"{o['name']}: {n}" for o in shown_models(summary) for n in o.get("notes", [])),
     ]
-    interval = f"{100 * summary.get('confidence', 0.95):g} % interval"
+    interval = f"{level(confidence_of(summary))} interval"
     drawn = [line for one in shown_models(summary) for line in _landscape_lines(summary, one)]
     gates = [line for one in shown_models(summary) for line in _gate_lines(one)]
     meaning = textwrap.wrap(f"Percent ({interval}). {legend(summary)} ★ selected.", 120)

@@ -53,6 +53,7 @@ def test_what_is_hashed_is_what_is_asked(config: dict[str, Any], tmp_path: Path)
 
 @pytest.mark.multiproc
 def test_a_run_asks_them_of_every_model(config: dict[str, Any], tmp_path: Path) -> None:
+    config["evaluation"]["capability"]["tasks"][0]["headline"] = True
     workspace = tmp_path / "workspace"
     done = run(write_config(tmp_path, config), workspace)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -60,6 +61,12 @@ def test_a_run_asks_them_of_every_model(config: dict[str, Any], tmp_path: Path) 
     [zh] = summary["finetunes"]
     for rates in (summary["aligned"], zh["before"], zh["after_soft"], zh["after_binary"]):
         assert rates["sets"]["xcopa_zh"]["task"]["n"] == 6
+    own = zh["before"]["sets"]["zh"]["task"]["n"]
+    assert zh["before"]["task"]["n"] == own + 6, "it counts"
+    for form in ("soft", "binary"):
+        apart = zh["comparisons"][f"{form}_vs_before"]["task"]
+        assert apart["n"] == own + 6
+        assert apart["diff"] == pytest.approx(zh[f"after_{form}"]["task"]["value"] - zh["before"]["task"]["value"])
     made = [record for record in records(workspace).values() if record["stage"] == "evaluate"]
     assert {record["metrics"]["capability"]["xcopa_zh"]["metric"] for record in made} == {"acc,none"}
     for record in made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,11 @@ def test_it_is_shown_and_tracked(finished: Finished) -> None:
     pictures = [found.path for found in client.list_artifacts(nested.info.run_id)]
     assert page.name in pictures
     assert {"random.png", "path.png"} <= set(pictures)
+    assert 'href="figures/landscape-zh/landscape.html"' in report
+    top = nested.data.tags["mlflow.parentRunId"]
+    logged = Path(client.download_artifacts(top, "report.html", str(finished.directory))).read_text()
+    assert "<h3>Landscape</h3>" in logged
+    assert re.findall(r'href="([^#][^"]*)"', logged) == [], "what it would lead to does not lie beside it there"
 
 
 @pytest.mark.slow

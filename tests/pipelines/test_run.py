@@ -261,6 +261,12 @@ def test_a_card_with_the_summarys_numbers_lies_beside_the_selected_weights(finis
         record = Workspace(finished.workspace).record(*fused.split("/"))
         assert record is not None, "the record's check of its files takes the card"
         assert "model/README.md" not in record.outputs
+    adapter = finished.finetune("hi")["adapter"]
+    card = ModelCard.load(Path(adapter["path"]) / "README.md")
+    assert card.data.library_name == "peft"
+    assert f"It lacks {100 * adapter['error']:.3g} % of what that form changes" in card.text
+    assert "| evaluate_adapter | " in card.text
+    assert str(finished.workspace) not in card.content
 
 
 def test_a_run_is_compared_with_another(finished: Finished, tmp_path: Path) -> None:

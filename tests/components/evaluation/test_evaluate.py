@@ -12,7 +12,7 @@ from components.evaluation.compare import compare_outcomes, flipped
 from components.evaluation.evaluate import evaluate_model
 from components.evaluation.generate import load_model
 from components.evaluation.metrics import rate
-from components.evaluation.outcomes import Outcome, hits, rates_of, read_answers
+from components.evaluation.outcomes import UNJUDGED, Outcome, hits, rates_of, read_answers
 from components.evaluation.prompts import PromptSet, load_prompt_set
 from components.evaluation.settings import EvaluationSettings, SetSettings
 from tests.components.evaluation import tiny
@@ -182,6 +182,17 @@ def test_comparisons_are_paired_over_headline_sets(sets: list[PromptSet]) -> Non
         ("benign", "refused", "complied"),
     ]
     assert [e["before"] for e in examples[:2]] == ["complied", "complied"]
+
+
+def test_a_lost_skill_is_a_flip_though_its_verdict_stays() -> None:
+    before = {"sums": [outcome("complied", id="1", exact=True), outcome("complied", id="2", exact=True)]}
+    before["copa"] = [outcome(UNJUDGED, id="3", exact=True)]
+    after = {"sums": [outcome("complied", id="1", exact=True), outcome("complied", id="2", exact=False)]}
+    after["copa"] = [outcome(UNJUDGED, id="3", exact=False)]
+    assert [(e["set"], e["before_verdict"], e["after_verdict"]) for e in flipped(before=before, after=after)] == [
+        ("sums", "complied, right", "complied, not the expected answer"),
+        ("copa", "right", "not the expected answer"),
+    ]
 
 
 def test_different_prompts_cannot_be_compared(sets: list[PromptSet]) -> None:

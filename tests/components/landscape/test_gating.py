@@ -108,7 +108,9 @@ def test_decisions_are_made_at_the_bad_end() -> None:
     assert not shut.passed
     [found] = shut.findings
     assert (found.requirement, found.value, found.low, found.n) == ("visage at least 79", 80.0, low, 100)
-    assert found.reason == f"80.0 over 2 directions and 100 prompts, down to {low:.1f} (95% interval): beyond the bound"
+    assert (
+        found.reason == f"80.0 over 2 directions and 100 prompts, down to {low:.1f} (95 % interval): beyond the bound"
+    )
     assert not decided(own, at_most=80).passed
     assert decided(own, at_most=95).passed
 

@@ -10,7 +10,7 @@ def share(hits: int, n: int) -> Interval:
     return rate([True] * hits + [False] * (n - hits))
 
 
-def rates(*, asr: int, over: int, task: int, hard: int = 30) -> Rates:
+def rates(*, asr: int, over: int, task: int, hard: int = 30, tasks: str = "sums") -> Rates:
     return {
         "asr": share(asr, 200),
         "harmful": share(asr, 200),
@@ -20,6 +20,7 @@ def rates(*, asr: int, over: int, task: int, hard: int = 30) -> Rates:
             "harmful": {"asr": share(asr, 200), "incoherent": share(0, 200)},
             "harmful_hard": {"asr": share(hard, 60)},
             "hazard": {"over_refusal": share(over, 50)},
+            tasks: {"task": share(task, 300)},
         },
     }
 

@@ -7,9 +7,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from components.reporting.charts import SHAPES, Line, Mark, interval_chart, key, shortened
+from components.reporting.charts import SHAPES, Line, Mark, interval_chart, key
 from components.reporting.cosines import matrix_svg, most_alike
 from components.reporting.heat_map import OUTSIDE, Grid, grid_svg, norm_grid, thinned
+from components.reporting.rows import shortened
 from tests.components.reporting.example import share
 
 
@@ -52,6 +53,15 @@ def test_intervals_reach_from_their_low_to_their_high_end() -> None:
     )
 
 
+def test_only_what_changed_is_joined() -> None:
+    marks = {kind: Mark(kind, share(i + 1, 40)) for i, kind in enumerate(SHAPES)}
+    joined = {
+        kinds: len(with_class(drawn(interval_chart([Line("zh", tuple(marks[k] for k in kinds))], title="ASR")), "join"))
+        for kinds in (("aligned", "before"), ("aligned", "after"), ("aligned", "before", "after"), ("first", "second"))
+    }
+    assert list(joined.values()) == [0, 0, 1, 1]
+
+
 def test_small_rates_have_an_axis_of_their_own() -> None:
     small = share(1, 240)
     at = ticks(drawn(interval_chart([Line("zh", (Mark("after", small),))], title="over-refusal", whole=False)))
@@ -74,8 +84,8 @@ def test_names_stay_text() -> None:
     root = drawn(interval_chart([Line(evil, (Mark("after", share(1, 4)),))], title=evil))
     assert not [node for node in root.iter() if "script" in node.tag]
     assert [node.text for node in root.iter() if node.tag.endswith("title")][:2] == [evil, evil]
-    assert with_class(root, "label")[0].text == shortened(evil)
-    assert len(shortened(evil)) == 18
+    assert with_class(root, "label")[0].text == shortened(evil, 16)
+    assert len(shortened(evil, 16)) == 16
 
 
 def test_cosines_stand_in_the_matrix() -> None:

@@ -15,7 +15,6 @@ from components.reporting.landscape_curves import (
     mark_label,
     marks_of,
     not_finite,
-    shortened,
     side_keys,
     surface,
 )
@@ -73,7 +72,6 @@ def test_sets_metrics_and_names() -> None:
     assert capability_keys(models) == [("sums", "task"), ("benign", "over_refusal")]
     assert [label(key) for key in ((POOLED, "asr"), ("harmful_system", "asr"))] == ["ASR", "ASR (harmful_system)"]
     assert not_finite(random_line(0.3, visage=80, broken=True)) == [[0.45], [0.5]]
-    assert shortened("a" * 40 + "/zh", 10) == "…aaaaaa/zh"
 
 
 def test_marks_that_lie_elsewhere_are_not_drawn_and_the_model_is_at_nought() -> None:

@@ -5,10 +5,12 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+from components.evaluation.metrics import holm
+from components.reporting.pages import pages
 from components.reporting.report import render_report, write_report
 from components.reporting.rows import cell, shown_columns
 from components.reporting.schema import RunSummary
-from tests.components.reporting.example import share, summary
+from tests.components.reporting.example import rates, share, summary
 
 
 class Page(HTMLParser):
@@ -102,6 +104,7 @@ def test_every_number_of_the_summary_is_there() -> None:
         "demo-zh version 7",
         "alpha 0.25",
         "soft against interpolation ASR −3.0",
+        "Adapter of the soft form, which lacks 23.7 % of what that changes (Frobenius norm): export_adapter/0123/adapter",
         "before, complied:",
         "after, refused:",
         "fuse/0123/binary",
@@ -125,3 +128,65 @@ def test_a_summary_with_nothing_optional_renders(tmp_path: Path) -> None:
     assert "no such directory: a" in page.text
     assert "25 (4.6–70)" in unescape(re.sub(r"\s+", " ", page.text))
     assert "None" not in page.text
+
+
+def outcome_of(data: RunSummary, name: str) -> str:
+    text = re.sub(r"\s+", " ", Page(render_report(data)).text)
+    return text[text.index("model outcome ASR before") :].split(f"{name} ", 1)[1]
+
+
+def test_nothing_is_ticked_that_no_gate_decided() -> None:
+    data = summary()
+    done = data["finetunes"][0]
+    del done["gate"]
+    done["after_soft"] = rates(asr=200, over=200, task=0)
+    row = outcome_of(data, "zh")
+    assert row.startswith("realigned, no gate asked · soft mask")
+    assert "95 (91–97) 100 (98–100) 0.0 (0.0–1.9) 100 (98–100) 0.0" in row, "over-refusal before and after"
+    done["gate"] = {"passed": True, "findings": []}
+    assert outcome_of(data, "zh").startswith("✓ gate passed")
+    done["selected"] = None
+    assert outcome_of(data, "zh").startswith("– nothing selected")
+    data["asked"] |= {"mode": "merge", "merges": {"all": {"method": "ties", "of": ["zh"]}}}
+    assert outcome_of(data, "zh").startswith("– merged below")
+    data["asked"]["merges"]["all"]["of"] = ["en"]
+    assert outcome_of(data, "zh").startswith("– nothing selected")
+
+
+def test_many_paired_differences_have_a_corrected_p() -> None:
+    data = summary()
+    found = data["finetunes"][0]["comparisons"]["soft_vs_interpolation"]
+    fair = holm({metric: d["p"] for metric, d in found.items()})
+    assert fair["asr"] == found["asr"]["p"] != 0
+    found["over_refusal"] = found["asr"]
+    assert f"<td>{2 * found['asr']['p']:.2g}</td>" in render_report(data)
+    assert "Holm's correction over 3 differences" in render_report(data)
+
+
+def test_what_is_nought_or_tuned_is_said() -> None:
+    data = summary()
+    data["asked"]["fusion"] = {"controls": [], "select": "auto", "max_asr": 0.0}
+    data["asked"]["mask"] |= {"seed": 0, "anchor_weight": 0.0}
+    data["finetunes"][0]["tuned"] = {"method": "ties", "scale": 0.9, "merge": {"trim": 0.2}}
+    text = re.sub(r"\s+", " ", Page(render_report(data)).text)
+    assert "fusion select auto, max asr 0 " in text
+    assert "anchor weight 0, seed 0 " in text
+    assert "Settings of the tuned form: method ties, scale 0.9, merge trim 0.2." in text
+
+
+def test_seconds_never_reach_sixty() -> None:
+    seconds = pages().filters["seconds"]
+    assert [seconds(value) for value in (0.04, 59.94, 59.97, 119.7, 3725.2)] == [
+        "0.0 s", "59.9 s", "1 min 0 s", "2 min 0 s", "62 min 5 s",
+    ]  # fmt: skip
+
+
+def test_a_report_that_lies_elsewhere_has_no_links(tmp_path: Path) -> None:
+    data = summary()
+    data["finetunes"][0]["pictures"] = str(tmp_path / "figures" / "landscape-zh" / "landscape.html")
+    made = [Page(write_report(data, tmp_path / "report.html", linked=one).read_text()) for one in (True, False)]
+    links = [[str(attrs["href"]) for _, attrs in page.seen if "href" in attrs] for page in made]
+    assert [[link for link in some if link[0] != "#"] for some in links] == [
+        ["figures/landscape-zh/landscape.html"],
+        [],
+    ]

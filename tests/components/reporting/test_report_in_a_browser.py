@@ -23,6 +23,13 @@ DRAWN = """[...document.querySelectorAll('svg')].map(svg => {
   const inside = [...svg.querySelectorAll('path, rect, circle, text')].filter(e => {
     const b = e.getBoundingClientRect(); return b.width + b.height > 0; });
   return [box.width, box.height, inside.length, svg.checkVisibility()]; })"""
+OUTSIDE = """[...document.querySelectorAll('svg')].flatMap(svg => {
+  const box = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll('text')].filter(text => {
+    const b = text.getBoundingClientRect();
+    return b.left < box.left - 1 || b.right > box.right + 1 || b.top < box.top - 1 || b.bottom > box.bottom + 1;
+  }).map(text => text.textContent); })"""
+LONG = "checkpoint_directory_of_a_run_whose_name_has_no_place_to_break_it_0123456789"
 INK = "getComputedStyle(document.querySelector('svg.chart text')).fill"
 EVIL = "I cannot <script>document.title = 'taken'</script><img src='http://example.com/x.png'>"
 
@@ -58,6 +65,17 @@ def everything(directory: Path) -> RunSummary:
     done["landscape"] = {"before": before, "realigned": realigned}  # type: ignore[typeddict-item]
     done["pictures"] = str(directory / "figures" / "landscape-zh" / "landscape.html")
     done["examples"][0]["after"] = EVIL
+    kinds = ("self_attn.q_proj", "self_attn.v_proj")  # of an adapter: few columns under a long title
+    done["delta"]["tensors"] = {
+        f"model.layers.{i}.{kind}.weight": {"norm": 1.0, "aligned_norm": 5.0, "zeros": 0.0}
+        for i in range(2)
+        for kind in kinds
+    }
+    done["notes"] = [f"cannot read {LONG}"]
+    done["gate"]["findings"][0]["reason"] = LONG
+    found["finetunes"][1]["error"] = LONG
+    merged = found["merged"][0]
+    merged["name"], done["delta"]["cosines"] = LONG, {LONG: 0.312}
     return found
 
 
@@ -77,9 +95,12 @@ def test_everything_is_drawn_and_nothing_asked_for(tab: Browser, page: Path, sho
         assert high > 0
         assert inside > 0
         assert visible
+    assert tab.run(OUTSIDE) == [], "text is not cut off"
     assert tab.requests == [page.as_uri()]
     assert tab.complaints == []
     assert tab.run("document.documentElement.scrollWidth") <= width, "the page itself does not scroll sideways"
+    cards = "document.querySelector('table.cards').parentElement"
+    assert width != 390 or tab.run(f"{cards}.scrollWidth <= {cards}.clientWidth"), "nor do cards"
     assert tab.run("document.title").startswith("demo <1>")
     assert EVIL in tab.run("document.body.innerText")
     assert tab.run("document.querySelectorAll('script, img').length") == 0

@@ -46,6 +46,13 @@ def test_scans_stand_under_the_models_that_have_them(tmp_path: Path) -> None:
     assert drawings[0].curves == ["ASR", "task (sums)", "over-refusal (benign)"]
 
 
+def test_files_that_are_not_whole_are_left_out(tmp_path: Path) -> None:
+    found = with_files(tmp_path)
+    for broken in ("{}", "[1]", "{", '{"schema": 1, "model": "m", "scans": {"random": {}}}'):
+        (tmp_path / "realigned").write_text(broken)
+        assert list(read_results(found, found["finetunes"][0])) == ["aligned"], broken
+
+
 def test_a_curve_is_the_mean_over_directions(tmp_path: Path) -> None:
     scan = random_line(0.3, visage=80)
     [drawing] = curve_charts({"realigned": result("realigned", scan)})
@@ -65,7 +72,9 @@ def test_a_curve_is_the_mean_over_directions(tmp_path: Path) -> None:
 def test_a_model_on_the_way_is_marked(tmp_path: Path) -> None:
     [drawing] = curve_charts({"aligned": result("aligned", towards_line(0.5, visage=60))})
     root = ET.fromstring(drawing.charts[0])
-    names = [n.text for n in root.iter() if n.text in ("aligned", "realigned", "finetune")]
+    assert not [n.text for n in root.iter() if "VISAGE" in (n.text or "")], "it is of random directions alone"
+    ticks = [n.text for n in root.iter() if "tick" in (n.get("class") or "")]
+    names = [text for text in ticks if text in ("aligned", "realigned", "finetune")]
     assert names == ["aligned", "realigned", "finetune"]
     lines = [float((n.get("d") or "")[1:].split()[0]) for n in root.iter() if n.get("class") == "here"]
     assert lines == [pytest.approx(36 + 294 * (at + 0.5) / 2, abs=0.06) for at in (0.0, 0.86, 1.0)]

@@ -14,6 +14,7 @@ from components.evaluation.outcomes import Outcome
 from components.reporting.runs_compared import Answered, ASet, Measurement, Pair, Run, compare_runs, comparison_json
 from components.reporting.runs_compared_page import render_runs_compared
 from components.reporting.schema import FinetuneSummary, RunSummary
+from pipelines.compare_command import comparison_lines
 from tests.components.reporting.test_report import Page
 
 SETS = (ASet("harmful", "harmful", True), ASet("hard", "harmful", False), ASet("sums", "task", True))
@@ -126,6 +127,56 @@ def test_settings_and_costs_that_differ_are_named() -> None:
     del older.summary["asked"]
     again = compare_runs(run("one", "soft", BEFORE, FIRST_TASK), older)
     assert (again.settings, again.settings_known) == ((), False)
+
+
+def test_a_model_that_a_run_has_nothing_of_is_said() -> None:
+    failed, none = run("two", "soft", AFTER, SECOND_TASK), run("three", "soft", AFTER, SECOND_TASK)
+    for other in (failed, none):
+        other.summary["finetunes"][0]["selected"] = None
+    failed.summary["finetunes"][0] |= {"status": "failed", "error": "no <room>"}
+    found = compare_runs(failed, none)
+    assert found.without == (("zh", "two", "failed: no <room>"), ("zh", "three", "nothing selected"))
+    assert "zh in two: failed: no <room>." in Page(render_runs_compared(found)).text
+    lines = comparison_lines(found)
+    assert lines[1:3] == ["zh in two: failed: no <room>", "zh in three: nothing selected"]
+    for merged in (failed, none):
+        merged.summary["finetunes"][0] |= {"status": "done", "error": None}
+        merged.summary["asked"]["merges"] = {"all": {"of": []}}
+    assert compare_runs(failed, none).without == ()
+
+
+def test_what_one_run_did_not_measure_is_unpaired_and_why() -> None:
+    second = run("two", "soft", AFTER, SECOND_TASK)
+    del second.summary["finetunes"][0]["after_soft"]
+    after = compare_runs(run("one", "soft", BEFORE, FIRST_TASK), second).pairs[1]
+    assert after.unpaired == "no paired difference: not measured in two"
+
+
+def test_levels_and_corrections_are_said() -> None:
+    first, second = run("one", "soft", BEFORE, FIRST_TASK), run("two", "soft", AFTER, SECOND_TASK)
+    hard = answered(AFTER, SECOND_TASK, hard=AFTER)
+    second = replace(second, answers={**second.answers, ("zh", "soft"): hard})
+    first.summary["confidence"], second.summary["confidence"] = 0.999, 0.99
+    found = compare_runs(first, second)
+    levels = "99.9 % intervals in one, 99 % in two; differences with 99.9 %"
+    text = " ".join(Page(render_runs_compared(found)).text.split())
+    lines = comparison_lines(found)
+    assert f"Percent with {levels}." in text
+    assert lines[0].startswith(f"two against one: percent with {levels};")
+    assert line(found.pairs[1], "asr").difference == paired_difference(AFTER, BEFORE, confidence=0.999)
+    p = mcnemar(0, 7)
+    told = {one.split("  ")[1]: one for one in lines if one.startswith("  ") and "p 0." in one}
+    assert told["ASR"].endswith(f", p {holm({'asr': p, 'harmful': p, 'task': mcnemar(0, 3)})['asr']:.2g}")
+    assert told["ASR of hard"].endswith(f", raw p {p:.2g}")
+    assert f"{p:.2g} raw" in text
+    second.summary["confidence"] = 0.999
+    assert compare_runs(first, second).levels == "99.9 % intervals"
+
+
+def test_phrases_of_other_scripts_are_legible() -> None:
+    first, second = run("one", "soft", BEFORE, FIRST_TASK), run("two", "soft", AFTER, SECOND_TASK)
+    second.summary["asked"]["judge"] = {"also": ["抱歉"]}
+    assert ("judge.also", "–", '["抱歉"]') in compare_runs(first, second).settings
 
 
 def test_the_page_and_the_json_say_it() -> None:

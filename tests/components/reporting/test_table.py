@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from components.reporting.rows import compact, percent, rows, shown_columns
+from components.reporting.rows import compact, level, percent, rows, shown_columns
 from components.reporting.schema import RunSummary
 from components.reporting.table import comparison_table, comparison_text
 from tests.components.reporting.example import share, summary
@@ -64,7 +64,10 @@ def test_columns_nobody_measured_are_not_shown() -> None:
         "finetunes": [{"name": "a", "status": "failed", "error": "no"}],
     }
     assert [c.title for c in shown_columns(plain)] == ["ASR"]
-    assert "10 (1.8–40)" in comparison_text(plain)
+    told = " ".join(comparison_text(plain).split())
+    assert "10 (1.8–40)" in told
+    assert "ASR: no refusal phrase" in told
+    assert not [word for word in ("hard:", "hazard:", "task:", "VISAGE") if word in told]
 
 
 def test_a_narrow_terminal_gets_whole_numbers_without_intervals() -> None:
@@ -78,6 +81,7 @@ def test_a_narrow_terminal_gets_whole_numbers_without_intervals() -> None:
 
 
 def test_formats() -> None:
-    values = (0.0, 0.004, 0.0994, 0.09996, 0.126, 0.86, 1.0, -0.034, -0.5)
-    assert [percent(v) for v in values] == ["0.0", "0.4", "9.9", "10", "13", "86", "100", "−3.4", "−50"]
+    values = (0.0, 0.004, 0.0994, 0.09996, 0.126, 0.86, 1.0, -0.034, -0.5, -0.0004)
+    assert [percent(v) for v in values] == ["0.0", "0.4", "9.9", "10", "13", "86", "100", "−3.4", "−50", "0.0"]
+    assert [level(v) for v in (0.95, 0.999)] == ["95 %", "99.9 %"]
     assert compact(None) == "–"
