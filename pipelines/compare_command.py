@@ -58,7 +58,7 @@ def _labels(places: Sequence[Path], summaries: Sequence[RunSummary]) -> list[str
     for count in range(1, max(map(len, parts)) + 1):
         if names[0] != names[1]:
             break
-        names = ["/".join(one[-count:]) for one in parts]
+        names = [str(Path(*one[-count:])) for one in parts]
     return names if names[0] != names[1] else [f"{names[0]} ({n})" for n in ("first", "second")]
 
 
@@ -93,13 +93,14 @@ def comparison_lines(found: Comparison) -> list[str]:
     """For a terminal: a block for each model, a line for each metric, then what was set otherwise and what it took."""
     first, second = found.labels
     lines = [
-        f"{second} against {first}: percent with {found.levels}; differences are paired, p by McNemar, Holm-corrected "
-        "over the sets that count"
+        f"{first} and {second}: percent with {found.levels}; differences are {second} less {first}, paired, p by McNemar, "
+        "Holm-corrected over the sets that count"
     ]
     lines += [f"{model} in {run}: {why}" for model, run, why in found.without]
     for pair in found.pairs:
         lines += ["", _title(pair) + (": one and the same evaluation in both" if pair.same else "")]
-        lines += _table([_measurement(line) for line in _shown(pair)])
+        shown = [_measurement(line) for line in _shown(pair)]
+        lines += _table([("", first, second, "difference"), *shown] if shown else [])
         lines += [f"  {pair.unpaired}"] if pair.unpaired else []
     for label, only in zip(found.labels, found.only, strict=True):
         lines += ["", f"only in {label}: {', '.join(only)}"] if only else []
@@ -114,7 +115,7 @@ def _title(pair: Pair) -> str:
     if not pair.model:
         return "aligned model"
     a, b = pair.variants
-    return f"{pair.model}, {a}" if a == b else f"{pair.model}, {a} against {b}"
+    return f"{pair.model}, {a}" if a == b else f"{pair.model}, {a} and {b}"
 
 
 def _shown(pair: Pair) -> list[Measurement]:

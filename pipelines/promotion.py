@@ -21,7 +21,7 @@ from components.published import changed_files, model_files, weights_sha256
 from components.records import RECORD_FILE, Record
 from components.storage import Workspace
 from components.tracking import CANDIDATE, EVALUATION_TAG, PREVIOUS, Registry, TrackingUnavailableError, Version
-from components.tracking.names import SHA256_TAG, WEIGHTS_TAG
+from components.tracking.names import GATE_TAG, SHA256_TAG, WEIGHTS_TAG
 from components.tracking.promotions import Ledger, Service
 from pipelines.gate import measured, serving
 from pipelines.versions import (
@@ -78,12 +78,22 @@ def promote(
             checked = True
         if there:
             return Promoted(version, service, moved=False)
-        decision = decided(registry, version, service.champion, workspace)
-        registry.set_tags(version, gate_tags(decision.to_json(), requirements_of(version)))
-        _require_passed(version, decision)
+        try:
+            decision = decided(registry, version, service.champion, workspace)
+            registry.set_tags(version, gate_tags(decision.to_json(), requirements_of(version)))
+            _require_passed(version, decision)
+        except GateError as error:
+            raise GateError(f"{error}{_others(registry, version)}") from error
         done = ledger.put(version.number, service, "promote")
         if done is not None:
             return Promoted(version, done, moved=True)
+
+
+def _others(registry: Registry, version: Version) -> str:
+    """Which versions might serve instead, where there are any."""
+    found = [one for one in registry.versions(version.name) if one.tags.get(GATE_TAG) == "passed"]
+    numbers = listed([str(one.number) for one in found if one.number != version.number])
+    return f"; versions whose gate passed: {numbers} (--version)" if numbers else ""
 
 
 def roll_back(registry: Registry, name: str, *, workspace: Path | None = None) -> Promoted:

@@ -44,7 +44,8 @@ def requirements_of(version: Version) -> tuple[Requirement, ...]:
     """The gate that a version was registered with. Raises GateError where it had none, TrackingError for one it cannot read."""
     if REQUIREMENTS_TAG not in version.tags or version.tags.get(GATE_TAG) == "none":
         raise GateError(
-            f"{version} has no gate: nobody has said when it may serve; give the run config one, run it again"
+            f"{version} has no gate: nobody has said when it may serve; give the config that it was run with one (after a "
+            "sweep that is sweeps/tuned.yaml), and run that again"
         )
     return _parsed(version, REQUIREMENTS_TAG, TypeAdapter(tuple[Requirement, ...]))
 

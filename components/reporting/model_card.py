@@ -56,7 +56,7 @@ def run_card(summary: RunSummary, one: FinetuneSummary, sources: Sequence[Source
     """README.md for the selected form's directory. No place on this machine is in it. `adapter`: it is a LoRA adapter, not a
     whole model."""
     rates = selected_rates(one)
-    told = [f"The {one.get('selected')} form of a safety realignment of {_called(sources)}.", ""]
+    told = [f"The {one.get('selected')} form of a safety realignment of {_made_of(sources)}.", ""]
     told += [*_rates_table(summary, one, rates), *_landscape(one), *_gate(one), *_lineage(lineage(summary, one))]
     front = _front(sources, adapter=adapter)
     return _card(summary, one, sources, front, [*_results(summary, rates or {}), *_landscape_results(one)], told)
@@ -68,7 +68,7 @@ def adapter_card(summary: RunSummary, one: FinetuneSummary, sources: Sequence[So
     adapter, rates = one["adapter"], one.get("after_adapter")
     made = (
         f"A LoRA adapter over {_cell(sources[0].called)}, exported from the {adapter['form']} form of a safety realignment of "
-        f"{_called(sources)}. It lacks {100 * adapter['error']:.3g} % of what that form changes (Frobenius norm)."
+        f"{_made_of(sources)}. It lacks {100 * adapter['error']:.3g} % of what that form changes (Frobenius norm)."
     )
     told = [made, "", *(_rates_table(summary, one, rates) or ["It was not measured itself.", ""])]
     gate = one.get("gate")
@@ -101,8 +101,10 @@ def _card(
     return "\n".join(lines)
 
 
-def _called(sources: Sequence[Source]) -> str:
-    return ", ".join(f"{_cell(s.called)} ({_cell(s.role)})" for s in sources)
+def _made_of(sources: Sequence[Source]) -> str:
+    """`zh (finetune) towards org/aligned (aligned)`: the aligned model is the first."""
+    aligned, *others = [f"{_cell(s.called)} ({_cell(s.role)})" for s in sources]
+    return f"{' and '.join(others)} towards {aligned}" if others else aligned
 
 
 def _front(bases: Sequence[Source], *, adapter: bool) -> dict[str, Any]:

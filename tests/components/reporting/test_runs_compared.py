@@ -162,7 +162,7 @@ def test_levels_and_corrections_are_said() -> None:
     text = " ".join(Page(render_runs_compared(found)).text.split())
     lines = comparison_lines(found)
     assert f"Percent with {levels}." in text
-    assert lines[0].startswith(f"two against one: percent with {levels};")
+    assert lines[0].startswith(f"one and two: percent with {levels}; differences are two less one,")
     assert line(found.pairs[1], "asr").difference == paired_difference(AFTER, BEFORE, confidence=0.999)
     p = mcnemar(0, 7)
     told = {one.split("  ")[1]: one for one in lines if one.startswith("  ") and "p 0." in one}
@@ -184,7 +184,7 @@ def test_the_page_and_the_json_say_it() -> None:
     page = Page(render_runs_compared(found))
     for part in (
         "<two> against one",
-        "zh, soft against binary",
+        "zh, soft and binary",
         "−70 (−",
         "7 from complied to refused",
         "<b>ask</b> 2",
