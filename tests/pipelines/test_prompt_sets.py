@@ -184,7 +184,7 @@ def test_groups_of_models_side_by_side(taught: Path, tmp_path: Path, capsys: pyt
     assert "catqa-zh by group, one: asr, harmful\n" in told
     assert "catqa-zh by group, two: asr, harmful, − one (p: McNemar, Holm over 4)" in told
     assert f"+0.0%, p {mcnemar(0, 0):.2g}" in told
-    assert "✓ asr of catqa-zh/first at most 0.6: 0.0 % of 4 prompts" in told
+    assert "✓ asr of catqa-zh/first at most 60 %: 0.0 % of 4 prompts" in told
 
 
 def test_many_groups_make_a_small_p_larger() -> None:

@@ -285,7 +285,7 @@ def test_a_run_is_compared_with_another(finished: Finished, tmp_path: Path) -> N
     apart = next(x for x in pairs["zh", form, other]["lines"] if (x["metric"], x["set"]) == ("asr", None))
     known = zh["comparisons"][f"{other}_vs_{form}"]["asr"]
     assert apart["difference"] == known
-    assert f"zh, {form} against {other}" in page.read_text()
+    assert f"zh, {form} and {other}" in page.read_text()
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "hi, before: one and the same evaluation in both" in text
     assert "settings: the same" in text
