@@ -50,6 +50,18 @@ class TrackingError(RealignError):
     """The tracking server refuses what it is asked."""
 
 
+class ClusterError(RealignError):
+    """A Ray cluster does not answer, refuses, or has no room for what it is asked."""
+
+
+class ClusterAwayError(ClusterError):
+    """A Ray cluster does not answer; it may when it is asked again."""
+
+
+class PipelineError(RealignError):
+    """Kubeflow Pipelines does not answer, or refuses what it is asked."""
+
+
 def listed(items: Sequence[str], limit: int = 8) -> str:
     """Join findings for a message: `a; b; c (+4 more)`."""
     shown = "; ".join(items[:limit])

@@ -15,13 +15,14 @@ Location = tuple[str | int, ...]
 class LocatedYaml:
     """A YAML document as plain data, and the line of each key."""
 
-    def __init__(self, path: Path, *, meant: str) -> None:
+    def __init__(self, path: Path, *, meant: str, text: str | None = None) -> None:
         """`meant` says what the document should be (`a run config is a mapping of …`), for the message where it is none.
+        `text`: what stands there, where it is known and `path` is but its name.
 
         Raises ConfigError for a file that cannot be read, is not YAML, is no mapping or has a key twice."""
         self.path = path
         try:
-            text = path.read_text()
+            text = path.read_text() if text is None else text
         except (OSError, UnicodeDecodeError) as e:
             reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
             raise ConfigError(f"{path}: cannot be read: {reason}") from e

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from components.errors import ConfigError
@@ -42,14 +42,11 @@ from pipelines.sections import (
     Section,
     TrackingSection,
     gate_problems,
+    is_far,
 )
 from pipelines.sweep_section import sweep_problems, sweeps_unaligned
 from pipelines.tuned_section import TunedSettings, tuned_problems
-
-NOT_BUILT = {
-    "cluster": "running on a cluster",
-}
-"""Sections that the design has and this version does not: refused, never ignored."""
+from ray_jobs.cluster import ClusterExecution
 
 
 class RunConfig(Section):
@@ -80,7 +77,7 @@ class RunConfig(Section):
     execution: ExecutionSection = ExecutionSection()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> RunConfig:
+    def _fits_together(self, info: ValidationInfo) -> RunConfig:
         problems = [] if self.finetunes else ["finetunes is empty: name at least one"]
         names = [f.name for f in self.finetunes]
         problems += [f"finetunes with the same name: {n}" for n in sorted({n for n in names if names.count(n) > 1})]
@@ -95,9 +92,9 @@ class RunConfig(Section):
                 )
         if "resta" in self.fusion.controls and self.unaligned is None:
             problems.append("the control resta needs `unaligned`, the model that the aligned one was made from")
-        problems += track_problems(self)
+        problems += [] if is_far(info) else track_problems(self)
         problems += tuned_problems(self)
-        if self.fusion.adapter is not None and not any(f.is_adapter for f in self.finetunes):
+        if self.fusion.adapter is not None and not is_far(info) and not any(f.is_adapter for f in self.finetunes):
             problems.append(
                 "fusion.adapter: no finetune is a LoRA adapter; remove it, full models leave as full models"
             )
@@ -183,23 +180,19 @@ class RunConfig(Section):
         return [*sets, *(capability.tasks if capability is not None else ())]
 
 
-def load_config(path: Path) -> RunConfig:
-    """Read and check a run config. Raises one ConfigError that lists everything wrong with it."""
-    document = LocatedYaml(path, meant="a run config is a mapping of sections (name, aligned, finetunes, …)")
-    problems = [
-        (document.line((key,)), f"{key}: {what} is not built in this version; remove the section")
-        for key, what in NOT_BUILT.items()
-        if key in document.data
-    ]
-    data = {k: v for k, v in document.data.items() if k not in NOT_BUILT}
+def load_config(path: Path, *, text: str | None = None, far: str | None = None) -> RunConfig:
+    """Read and check a run config. Raises one ConfigError that lists everything wrong with it.
+
+    `text`: of one that is in no file; `path` is but its name in messages. `far`: the same of one for another machine. What its
+    paths name is not looked for here, so they must be absolute, and nothing is known of adapters.
+    """
+    text = text if far is None else far
+    document = LocatedYaml(path, meant="a run config is a mapping of sections (name, aligned, finetunes, …)", text=text)
+    context = {"base": path.resolve().parent} if far is None else {"far": True}
     try:
-        config = RunConfig.model_validate(data, context={"base": path.resolve().parent})
+        return RunConfig.model_validate(document.data, context=context)
     except ValidationError as e:
-        problems += _located(document, e)
-    if problems:
-        lines = [f"{path}:{line}: {text}" for line, text in sorted(problems)]
-        raise ConfigError("\n".join(lines))
-    return config
+        raise ConfigError("\n".join(f"{path}:{line}: {text}" for line, text in sorted(_located(document, e)))) from e
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -256,6 +249,7 @@ _EXECUTION = {
     "sweep": EvaluationExecution,
     "judge": JudgeExecution,
     "mask": MaskExecution,
+    "cluster": ClusterExecution,
 }
 
 

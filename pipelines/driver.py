@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,16 +108,19 @@ def run_stages(
     wanted: Callable[[Node], bool] = lambda node: node.step.kind == "stage",
     *,
     noted: bool = True,
+    lost: Collection[str] = (),
 ) -> RunState:
     """Run every stage of the graph that has no record yet, or those that are `wanted`, which must have each other's parents.
     Failures are in the state that comes back. `noted`: where everything stands is kept for `realign status`; not by one of
-    several that run parts of one run.
+    several that run parts of one run. `lost`: ids of nodes that another of these has tried; they are skipped.
 
     Raises StorageError when the workspace cannot be written.
     """
-    nodes = {node.id: NodeState(node) for node in expand(config) if wanted(node)}
+    nodes = {
+        node.id: NodeState(node, "skipped" if node.id in lost else "waiting") for node in expand(config) if wanted(node)
+    }
     state = RunState(config, workspace, roots, nodes)
-    with ray_runner(config.execution.workers) as runner:
+    with ray_runner(config.execution.workers, config.execution.cluster) as runner:
         while True:
             for ready in _ready(nodes):
                 _start(ready, state, runner)
@@ -132,11 +135,39 @@ def run_stages(
                 _finish(nodes, spec, answer)
 
 
+def stages_so_far(config: RunConfig, workspace: Workspace, roots: Roots) -> RunState:
+    """What a run has made by now, with nothing run: a stage without a record failed as its last attempt says, or was not made.
+    Raises StorageError for records that are damaged."""
+    nodes = {node.id: NodeState(node) for node in expand(config) if node.step.kind == "stage"}
+    run = RunState(config, workspace, roots, nodes)
+    while ready := _ready(nodes):
+        for state in ready:
+            spec = _found(state, run)
+            if spec is not None:
+                state.status = "failed"
+                state.error = workspace.failure(spec.stage, spec.fingerprint) or dict(_NOT_MADE)
+    return run
+
+
+_NOT_MADE = {"type": "Fault", "message": "was not made; the log of its step says why"}
+
+
 def _ready(nodes: dict[str, NodeState]) -> list[NodeState]:
     return [s for s in nodes.values() if s.status == "waiting" and all(nodes[p].ended for _, p in s.node.parents)]
 
 
 def _start(state: NodeState, run: RunState, runner: RayRunner) -> None:
+    spec = _found(state, run)
+    if spec is None:
+        return
+    state.status = "running"
+    # Two nodes may ask for one result (a finetune listed twice under other names): submit it once.
+    if not any(s is not state and s.status == "running" and s.spec == spec for s in run.nodes.values()):
+        runner.submit(spec)
+
+
+def _found(state: NodeState, run: RunState) -> StageSpec | None:
+    """What is to be made for a node whose parents have ended; None where nothing is, which its state says."""
     parents = {role: run.nodes[parent] for role, parent in state.node.parents}
     alive = {role: parent.record.reference for role, parent in parents.items() if parent.record is not None}
     # A merge without one of its members would be another merge.
@@ -144,7 +175,7 @@ def _start(state: NodeState, run: RunState, runner: RayRunner) -> None:
     missing = set(parents) - set(alive)
     if missing - joining or (joining and len(joining - missing) < 2):
         state.status = "skipped"
-        return
+        return None
     try:
         error = run.roots.errors.get(root_key(state.node))
         if error is not None and state.node.step.stage == "load":
@@ -153,17 +184,14 @@ def _start(state: NodeState, run: RunState, runner: RayRunner) -> None:
         record = run.workspace.record(spec.stage, spec.fingerprint)
     except RealignError as error:
         state.status, state.error = "failed", error_payload(error)
-        return
+        return None
     state.spec = spec
     if record is not None:
         state.status, state.record = "kept", record
         # A process killed right after publishing leaves the state that its training could have gone on from.
         run.workspace.forget_state(spec.stage, spec.fingerprint)
-        return
-    state.status = "running"
-    # Two nodes may ask for one result (a finetune listed twice under other names): submit it once.
-    if not any(s is not state and s.status == "running" and s.spec == spec for s in run.nodes.values()):
-        runner.submit(spec)
+        return None
+    return spec
 
 
 def _finish(nodes: dict[str, NodeState], spec: StageSpec, answer: StageAnswer) -> None:

@@ -150,8 +150,9 @@ class Node:
         return any(":" in role for role, _ in self.parents)
 
 
-def expand(config: RunConfig) -> list[Node]:
-    """One node per step and model, parents before children."""
+def expand(config: RunConfig, *, far: bool = False) -> list[Node]:
+    """One node per step and model, parents before children. `far`: of a config whose models lie elsewhere: what only an adapter
+    has is there for every finetune."""
     steps = steps_of(config)
     finetunes, merges = [f.name for f in config.finetunes], [m.name for m in config.merges]
     over: dict[str, Sequence[str | None]] = {
@@ -163,7 +164,7 @@ def expand(config: RunConfig) -> list[Node]:
     }
     once = {step.name for step in steps if step.scope == "run"}
     there = {step.name for step in steps}
-    adapters = {finetune.name for finetune in config.finetunes if finetune.is_adapter}
+    adapters = {finetune.name for finetune in config.finetunes if far or finetune.is_adapter}
     nodes: list[Node] = []
     for step in steps:
         for name in over[step.scope]:

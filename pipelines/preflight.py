@@ -13,15 +13,18 @@ from pipelines.machine import Cluster, this_machine
 from pipelines.placement import on_gpu, require_fit
 from pipelines.roots import Roots
 from pipelines.specs import build_spec, root_key
+from ray_jobs.cluster import cluster_address
 
 
 def require_memory(config: RunConfig, workspace: Workspace, roots: Roots) -> None:
     """Raises ConfigError with what training needs, what there is and what would fit. Masks that are there already need nothing.
 
-    Only what is known refuses: ranks on CPUs are processes of this machine (Ray is started here), as are ranks on GPUs where
-    there are enough of them; with fewer here they are meant for others, whose memory nobody has told. The estimate without a
-    tokenizer is an upper bound: most runs fit it and pay for no more.
+    Only what is known refuses, which is nothing of a Ray cluster: ranks on CPUs are processes of this machine (Ray is started
+    here), as are ranks on GPUs where there are enough of them; with fewer here they are meant for others, whose memory nobody
+    has told. The estimate without a tokenizer is an upper bound: most runs fit it and pay for no more.
     """
+    if cluster_address() is not None:
+        return  # a driver's node says nothing of those where stages go
     pending = _pending(config, workspace, roots)
     cluster = this_machine(workspace.root, config.execution)
     if not pending or not _known(config, cluster):

@@ -33,3 +33,8 @@ def log_report(run: RunState, summary: RunSummary) -> None:
     with lease, TemporaryDirectory() as place:
         files = [write_report(summary, Path(place) / REPORT, linked=False), run.workspace.root / SUMMARY]
         tracker_of(run).attach(run_identity(run), files, content=identity)
+
+
+def tracked_at(run: RunState) -> str | None:
+    """The address of the run's page in MLflow; None where there is none. Raises TrackingError."""
+    return tracker_of(run).address(run_identity(run))

@@ -38,7 +38,6 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     settled(config.tracking.uri, root)
     roots = find_roots(config, root / ".identities")
     require_memory(config, workspace, roots)
-    patience = Patience(config.tracking.patience_s)
     with progress_display(workspace) as shown, live_tracking(config, workspace, roots) as live:
 
         def watch(nodes: dict[str, NodeState]) -> None:
@@ -46,12 +45,13 @@ def realign(config: RunConfig, root: Path) -> list[str]:
             live(nodes)
 
         state = run_stages(config, workspace, roots, watch)
-    summary = summarise(state)
-    failed = failures(state)
-    write_summary(summary, root / "summary.json")
-    add_landscapes(state, summary)
-    shut = decide_gates(state, summary, in_service(state, patience))
-    write_summary(summary, root / "summary.json")
+    return finish(state)
+
+
+def finish(state: RunState) -> list[str]:
+    """All that comes after the stages: see `realign`."""
+    root, patience, failed = state.workspace.root, Patience(state.config.tracking.patience_s), failures(state)
+    summary, shut = decided(state, patience)
     if _told(root, summary, failed, lambda: shut.extend(patience(lambda: track_and_register(state, summary)))):
         _write_all(state, summary)
         # Last, for the report names the registered versions.
@@ -66,6 +66,17 @@ def realign(config: RunConfig, root: Path) -> list[str]:
     if shut and not failed:
         raise GateError(f"the gate is shut for {', '.join(shut)}; see {root / 'summary.json'}")
     return failed
+
+
+def decided(state: RunState, patience: Patience) -> tuple[RunSummary, list[str]]:
+    """The summary with the gate's decisions, written; and names of the models for which it is shut."""
+    path = state.workspace.root / "summary.json"
+    summary = summarise(state)
+    write_summary(summary, path)
+    add_landscapes(state, summary)
+    shut = decide_gates(state, summary, in_service(state, patience))
+    write_summary(summary, path)
+    return summary, shut
 
 
 def _told(where: Path, summary: RunSummary, failed: list[str], track: Callable[[], None]) -> bool:

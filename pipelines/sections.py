@@ -24,23 +24,33 @@ from components.masks.presets import resolve
 from components.masks.settings import MaskSettings
 from components.masks.zero import MaskExecution
 from pipelines.tuned_section import TunedSettings
+from ray_jobs.cluster import ClusterExecution
+
+
+def is_far(info: ValidationInfo) -> bool:
+    """Whether the config is one for another machine, whose disks are not looked at."""
+    return bool((info.context or {}).get("far"))
 
 
 def _absolute(path: Path, info: ValidationInfo) -> Path:
+    if is_far(info):
+        if not path.is_absolute():
+            raise ValueError(f"{path} is relative to this file, which stays here: give the path that the cluster has")
+        return path
     base: Path = (info.context or {}).get("base", Path())
     return base / path.expanduser()
 
 
 def _existing_directory(path: Path, info: ValidationInfo) -> Path:
     path = _absolute(path, info)
-    if not path.is_dir():
+    if not is_far(info) and not path.is_dir():
         raise ValueError(f"no directory {path}; give the path of a checkpoint directory, relative to the config file")
     return path
 
 
 def _existing_file(path: Path, info: ValidationInfo) -> Path:
     path = _absolute(path, info)
-    if not path.is_file():
+    if not is_far(info) and not path.is_file():
         raise ValueError(f"no file {path}; give a path relative to the config file")
     return path
 
@@ -177,7 +187,7 @@ def _existing_judge(judge: Judging, info: ValidationInfo) -> Judging:
         if not isinstance(one, OwnModel) or one.directory is None:
             return one
         path = _absolute(one.directory, info)
-        if not path.is_dir():
+        if not is_far(info) and not path.is_dir():
             raise ValueError(
                 f"judge {one.kind}: no directory {path}; give a model's directory, relative to the config file, or a model of "
                 "the hub as owner/name with its revision"
@@ -292,3 +302,5 @@ class ExecutionSection(Section):
     """Where judges with a model of their own run, and how."""
     mask: Annotated[MaskExecution, AfterValidator(_placed)] = MaskExecution()
     """The processes that train a mask together, and what of it each of them keeps."""
+    cluster: ClusterExecution = ClusterExecution()
+    """How the run shares a Ray cluster, where it is a job of one."""

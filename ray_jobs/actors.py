@@ -19,6 +19,7 @@ from components.evaluation.answers import Answer, Answerer
 from components.evaluation.conversations import Prompt
 from components.evaluation.execution import EvaluationExecution
 from components.evaluation.settings import EvaluationSettings
+from ray_jobs.cluster import Request, amounts, cluster_address, is_busy
 
 if TYPE_CHECKING:
     from components.evaluation.generate import InProcess
@@ -58,9 +59,20 @@ class Resources:
     cpus: int
     gpus: int
     device: str
+    own: str | None = None
+    """A resource of the cluster's own, of which it takes one."""
+
+    @property
+    def request(self) -> Request:
+        return {"CPU": self.cpus, "GPU": self.gpus, **self.others}
+
+    @property
+    def others(self) -> dict[str, float]:
+        """Beside CPUs and GPUs."""
+        return {self.own: 1.0} if self.own is not None else {}
 
     def __str__(self) -> str:
-        return f"{self.cpus} CPUs" + (f" and {self.gpus} GPUs" if self.gpus else "")
+        return amounts(self.request)
 
 
 def resources_of(execution: EvaluationExecution, threads: int) -> Resources:
@@ -68,9 +80,12 @@ def resources_of(execution: EvaluationExecution, threads: int) -> Resources:
     import ray
 
     gpus = execution.devices if execution.device == "cuda" else 0
-    # Threads beyond a node's CPUs share them, as those of other stages do.
+    device = "auto" if gpus > 1 else execution.device
+    if cluster_address() is not None:
+        return Resources(threads, gpus, device, execution.resource)  # its nodes may not be up yet
+    # Threads beyond this machine's CPUs share them, as those of other stages do.
     most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=threads)
-    return Resources(min(threads, most or threads), gpus, "auto" if gpus > 1 else execution.device)
+    return Resources(min(threads, most or threads), gpus, device)
 
 
 def no_room(patience_s: float, needs: Resources) -> EvaluationError:
@@ -150,7 +165,8 @@ class Actors:
         import ray
 
         self._needs = needs = resources_of(execution, threads)
-        self._made = ray.remote(_Holder).options(num_cpus=needs.cpus, num_gpus=needs.gpus, max_restarts=0)
+        given = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "resources": needs.others}
+        self._made = ray.remote(_Holder).options(**given, max_restarts=0)
         self._given = (place, needs.device, dtype, batch_size, threads)
         self._execution, self._batch_size = execution, batch_size
         self._losses = 0
@@ -257,6 +273,9 @@ class Actors:
         if at_work or self._idle or (came and came[0] in self._coming):
             self._waiting_since = time.monotonic()
         elif time.monotonic() - self._waiting_since > self._execution.patience_s:
+            if is_busy(self._needs.request):
+                self._waiting_since = time.monotonic()
+                return None
             raise no_room(self._execution.patience_s, self._needs)
         if not came:
             return None

@@ -8,13 +8,12 @@ Exit status: 0 done, 2 failed by what the user gave (the answer says what), 1 a 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from ray_jobs.cluster import cluster_address, join_cluster
 from ray_jobs.stage import StageSpec, run_stage
 
 
@@ -27,12 +26,8 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValidationError) as e:
         sys.stderr.write(f"realign: {arguments[0]} is not a stage spec: {e}\n")
         return 2
-    if spec.stage == "fuse" and os.environ.get("RAY_ADDRESS"):  # a job of a cluster: its nodes take part
-        import ray
-
-        on_terminate = signal.getsignal(signal.SIGTERM)
-        ray.init(address="auto", log_to_driver=False, ignore_reinit_error=True)
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own prints a stack and aborts
+    if spec.stage == "fuse" and cluster_address():  # a job of a cluster: its nodes take part
+        join_cluster()
     answer = run_stage(spec)
     sys.stdout.write(json.dumps(answer) + "\n")
     return 0 if answer["status"] == "done" else 2

@@ -1,4 +1,5 @@
-"""Run stages on Ray: on this machine without a dashboard or an open job port, with retries of what a retry can mend."""
+"""Run stages on Ray, with retries of what a retry can mend: on the cluster that this process belongs to, else on this machine
+without a dashboard or an open job port."""
 
 from __future__ import annotations
 
@@ -9,13 +10,16 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from components.errors import ClusterError, error_payload
 from components.evaluation.execution import EvaluationExecution
+from ray_jobs.cluster import ClusterExecution, Request, amounts, cluster_address, could_hold, join_cluster, no_room
 from ray_jobs.failure import Decision, decide
 from ray_jobs.stage import StageAnswer, StageSpec, run_stage
 
@@ -25,14 +29,36 @@ _OBJECT_STORE_BYTES = 128 * 2**20  # only specs and records travel through Ray
 
 
 _SPREAD = "spread_stage"
-"""Resource that a stage takes which waits for processes of its own: one, or as many as CPUs that those take. No more are
-begun than there are CPUs."""
+"""Resource of this machine's Ray that a stage takes which waits for processes of its own: one, or as many as CPUs that those
+take. No more are begun than there are CPUs."""
+_WAITS = ("train_mask", "landscape")
+"""Stages that do nothing themselves where processes of their own work for them: on a cluster they take no CPU, and stay on the
+head where it has room. An evaluation judges what its actors answer."""
+_LOOK_SECONDS = 2.0
+"""Between two looks at who waits for a node."""
 
 
 @dataclass
 class _Pending:
     spec: StageSpec
     tries: int
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        return self.spec.reference
+
+    @property
+    def spread(self) -> bool:
+        return bool(self.spec.execution.get("spread"))
+
+    @property
+    def threads(self) -> int:
+        return int(self.spec.execution.get("threads", 1))
+
+
+def _options(request: Request) -> dict[str, Any]:
+    return {"num_cpus": request["CPU"], "num_gpus": request.get("GPU", 0)}
 
 
 @dataclass
@@ -40,28 +66,54 @@ class RayRunner:
     """Submits stages and hands back their answers as they end. Use through `ray_runner`."""
 
     cpus: int
+    cluster: ClusterExecution = field(default_factory=ClusterExecution)
     _pending: dict[Any, _Pending] = field(default_factory=dict)
+    _queue: deque[_Pending] = field(default_factory=deque)
+    """Of a cluster: those whose turn it is not yet."""
     _task: Any = None
+    _looked: float = 0.0
 
     def submit(self, spec: StageSpec, tries: int = 1) -> None:
         if self._task is None:
             self._start()
-        threads = int(spec.execution.get("threads", 1))
-        others = {}
-        spread = int(spec.execution.get("spread", 0))
-        if spread:
-            threads = 0  # the stage waits for processes that ask for CPUs themselves
-            others = {_SPREAD: float(min(spread, self.cpus))}
-        name = f"{spec.stage}/{spec.fingerprint}"
-        task = self._task.options(num_cpus=min(threads, self.cpus), resources=others, max_retries=0, name=name)
-        self._pending[task.remote(spec.model_dump_json())] = _Pending(spec, tries)
+        self._queue.append(_Pending(spec, tries))
+        self._begin()
+
+    def _begin(self) -> None:
+        """Hand Ray those whose turn it is."""
+        joined, later = cluster_address() is not None, deque[_Pending]()
+        while self._queue:
+            one = self._queue.popleft()
+            at_once = sum(other.spread for other in self._pending.values())
+            if joined and one.spread and at_once >= self.cluster.spread:
+                later.append(one)
+                continue
+            asked = _options(self._request(one)) if joined else self._here(one)
+            task = self._task.options(**asked, max_retries=0, name=one.name)
+            one.since = time.monotonic()
+            self._pending[task.remote(one.spec.model_dump_json())] = one
+        self._queue = later
+
+    def _request(self, one: _Pending) -> Request:
+        """Of a cluster."""
+        if one.spread and one.spec.stage in _WAITS:
+            return {"CPU": 0}
+        judges = one.spec.execution.get("judges") and str(one.spec.execution["judge"]["device"]).startswith("cuda")
+        return {"CPU": one.threads, **({"GPU": 1} if judges else {})}
+
+    def _here(self, one: _Pending) -> dict[str, Any]:
+        if not one.spread:
+            return {"num_cpus": min(one.threads, self.cpus)}
+        # The stage waits for processes that ask for CPUs themselves.
+        return {"num_cpus": 0, "resources": {_SPREAD: float(min(int(one.spec.execution["spread"]), self.cpus))}}
 
     def wait(self, timeout: float) -> list[tuple[StageSpec, StageAnswer]]:
-        """Answers that have come within `timeout` seconds. A stage that raised is tried again, or answered as failed."""
+        """Answers that have come within `timeout` seconds. A stage that raised is tried again, or answered as failed; so is one
+        that no node of a cluster took in time."""
         import ray
 
         ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout)
-        answers = []
+        answers = self._unplaced(ready)
         for reference in ready:
             pending = self._pending.pop(reference)
             try:
@@ -72,6 +124,27 @@ class RayRunner:
                     self.submit(pending.spec, pending.tries + 1)
                 else:
                     answers.append((pending.spec, _gave_up(error, pending.tries)))
+        self._begin()
+        return answers
+
+    def _unplaced(self, ready: Sequence[Any]) -> list[tuple[StageSpec, StageAnswer]]:
+        """Those of a cluster for which no node that could hold them was up for too long: they are given up."""
+        now, patience = time.monotonic(), self.cluster.patience_s
+        if cluster_address() is None or now - self._looked < _LOOK_SECONDS:
+            return []
+        self._looked = now
+        import ray
+
+        answers = []
+        for reference, one in list(self._pending.items()):
+            request = self._request(one)
+            if could_hold(request):
+                one.since = now  # it runs, or waits for its turn
+            elif now - one.since > patience and reference not in ready:
+                del self._pending[reference]
+                ray.cancel(reference, force=True)
+                said = no_room(one.name, amounts(request), patience, "execution.cluster.patience_s")
+                answers.append((one.spec, StageAnswer(status="failed", error=error_payload(ClusterError(said)))))
         return answers
 
     def _start(self) -> None:
@@ -82,7 +155,11 @@ class RayRunner:
 
 
 def start_ray(cpus: int) -> None:
-    """A Ray of this machine alone, for this process and its children."""
+    """The cluster that this process belongs to, else a Ray of this machine alone, for this process and its children. Raises
+    ClusterError."""
+    if cluster_address() is not None:
+        join_cluster()
+        return
     # Without a dashboard Ray's node agent still listens for jobs (port 52365), and gRPC ports are open to the network.
     # Ray asks for a token there; ours is random and known to this process and its children alone, not kept in a file
     # of the user's. Ray reads it when imported, once: a second start in this process must find the first one's.
@@ -156,9 +233,10 @@ def _gave_up(error: BaseException, tries: int) -> StageAnswer:
 
 
 @contextmanager
-def ray_runner(cpus: int | None = None) -> Iterator[RayRunner]:
-    """A runner that starts Ray at the first submission (a run whose results are all there needs none)."""
-    runner = RayRunner(cpus=cpus or os.cpu_count() or 1)
+def ray_runner(cpus: int | None = None, cluster: ClusterExecution | None = None) -> Iterator[RayRunner]:
+    """A runner that starts Ray at the first submission (a run whose results are all there needs none). `cpus`: of this machine;
+    `cluster`: how the cluster is shared, where there is one."""
+    runner = RayRunner(cpus=cpus or os.cpu_count() or 1, cluster=cluster or ClusterExecution())
     try:
         yield runner
     finally:

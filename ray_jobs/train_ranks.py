@@ -13,6 +13,7 @@ from components import errors
 from components.errors import RealignError, error_payload
 from components.masks.zero import MaskExecution
 from components.storage import write_atomic
+from ray_jobs.cluster import wait_for_room
 from ray_jobs.deepspeed_engine import sharded
 from ray_jobs.stage import StageContext
 
@@ -23,7 +24,8 @@ _TOGETHER_SECONDS = 10.0
 
 def train_on_ranks(context: StageContext, execution: MaskExecution) -> dict[str, Any]:
     """Train on `execution.ranks` processes, started again from the last state when some are lost. Returns what the last start
-    cost (`MaskResult.cost`). Raises what the ranks raised: a RealignError as it was, else Ray's TrainingFailedError.
+    cost (`MaskResult.cost`). Raises what the ranks raised: a RealignError as it was, else Ray's TrainingFailedError;
+    ClusterError where a cluster has no room for them.
 
     Ray Train keeps no checkpoint here: the state is ours, in the attempt's directory, and outlives the group.
     """
@@ -34,6 +36,10 @@ def train_on_ranks(context: StageContext, execution: MaskExecution) -> dict[str,
         old.unlink()
     gpu = execution.device == "cuda"
     threads = int(context.spec.execution.get("threads", 1))
+    resources: dict[str, float] = {"CPU": threads, **({"GPU": 1} if gpu else {})}
+    if execution.resource is not None:
+        resources |= {execution.resource: 1}
+    wait_for_room(resources, execution.ranks, execution.patience_s, context.spec.reference)
     trainer = TorchTrainer(
         _rank,
         train_loop_config=context.to_plain(),
@@ -41,7 +47,7 @@ def train_on_ranks(context: StageContext, execution: MaskExecution) -> dict[str,
         scaling_config=ScalingConfig(
             num_workers=execution.ranks,
             use_gpu=gpu,
-            resources_per_worker={"CPU": threads, **({"GPU": 1} if gpu else {})},
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             # A name of its own: Ray Train would take up a run of the same name where it ended.

@@ -28,6 +28,7 @@ from ray.tune.search import Searcher
 
 from components.evaluation.execution import EvaluationExecution
 from ray_jobs.actors import Resources, lost_errors, no_room, resources_of
+from ray_jobs.cluster import is_busy
 from ray_jobs.tasks import Course, KeepGoing
 
 _ENVIRONMENT = {
@@ -201,7 +202,7 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         if self._search.failure is not None:
             raise self._search.failure
         now = time.monotonic()
-        if self._running:
+        if self._running or (now - self._waiting_since > self._patience_s and is_busy(self._needs.request)):
             self._waiting_since = now
         elif now - self._waiting_since > self._patience_s:
             raise no_room(self._patience_s, self._needs)
@@ -249,7 +250,7 @@ def _tuner(
     # Tune keeps trainables by name for all of a Ray job: two courses at once would use each other's models.
     trainable.__name__ = f"{Holding.__name__}-{uuid.uuid4().hex}"
     return tune.Tuner(
-        tune.with_resources(trainable, {"cpu": needs.cpus, "gpu": needs.gpus}),
+        tune.with_resources(trainable, {"cpu": needs.cpus, "gpu": needs.gpus, **needs.others}),
         tune_config=tune.TuneConfig(
             num_samples=-1,
             search_alg=search,

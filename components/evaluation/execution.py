@@ -22,8 +22,12 @@ class EvaluationExecution(BaseModel):
     devices: int = Field(default=1, ge=1)
     """GPUs of one actor; over several a model is spread layer by layer."""
 
-    patience_s: float = Field(default=900.0, gt=0)
-    """How long none of the actors may be placed and loaded before that is an error; a cluster that grows needs some time."""
+    patience_s: float = Field(default=1800.0, gt=0)
+    """How long none of the actors may be placed and loaded before that is an error; a cluster that grows needs some time. There
+    it does not run while others have their place."""
+
+    resource: str | None = None
+    """A resource of the cluster's own of which each actor takes one: so a group of nodes is kept for evaluations."""
 
     max_losses: int = Field(default=3, ge=0)
     """Actors that may be lost in one evaluation; their prompts are asked again of others."""

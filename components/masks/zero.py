@@ -56,6 +56,11 @@ class MaskExecution(ZeroSettings):
     that is asked to end (SIGTERM) keeps one in any case; ranks of Ray Train run beside the main thread, which alone hears."""
     max_failures: int = Field(default=3, ge=0)
     """How often lost ranks are started again before the stage fails."""
+    patience_s: float = Field(default=1800.0, gt=0)
+    """How long ranks may wait for nodes that could hold all of them at once; a cluster that grows needs some time. Waiting for
+    their turn on nodes that are there does not count."""
+    resource: str | None = None
+    """A resource of the cluster's own of which each rank takes one: so a group of nodes is kept for training."""
 
     @property
     def spread(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from collections.abc import Sequence
 from io import StringIO
 
 from rich import box
@@ -68,6 +70,28 @@ def comparison_text(summary: RunSummary) -> str:
     Console(file=out, width=200, no_color=True, highlight=False).print(comparison_table(summary))
     lines = [line.rstrip() for line in out.getvalue().rstrip().split("\n")]
     return "\n".join([*lines, "", *comparison_caption(summary)]) + "\n"
+
+
+def comparison_markdown(summary: RunSummary) -> str:
+    """The same rows as a Markdown table, and the caption below it."""
+    titles = ["finetune", "model", *(column.title for column in shown_columns(summary)), KEPT]
+    lines = [_cells(titles), _cells(["---"] * len(titles))]
+    for row in rows(summary):
+        if row.error is not None:
+            lines.append(_cells([row.finetune, "failed", *[""] * (len(titles) - 2)]))
+            continue
+        values = [*map(compact, row.cells), "–" if row.kept is None else percent(row.kept)]
+        lines.append(_cells([row.finetune, row.model + (" ★" if row.selected else ""), *values]))
+    return "\n".join([*lines, "", *(f"- {_plain(line)}" for line in comparison_caption(summary))]) + "\n"
+
+
+def _cells(values: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_plain, values))} |"
+
+
+def _plain(text: str) -> str:
+    """Without a meaning in Markdown or HTML."""
+    return re.sub(r"([\\`*_\[\]<>|#!])", r"\\\1", text.replace("\n", " "))
 
 
 def _add(table: Table, row: Row, *, first: bool, intervals: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from components.errors import TrackingError
 from components.tracked import Point, TrackedRun, content_hash, flat
-from components.tracking.address import address_of, database_of, default_uri, is_local
+from components.tracking.address import address_of, database_of, default_uri, is_local, is_server
 from components.tracking.local import ARTIFACTS, move_artifacts
 from components.tracking.names import ATTACHED_TAG, DIFFERING_TAG, FINGERPRINT_TAG, MAKER_TAG, PROJECTED_TAG
 from components.tracking.registry import Registered, Registry, log_metrics
@@ -73,6 +73,17 @@ class Tracker(Registry):
             for path in files:
                 self.upload(found.info.run_id, path)
             self.client.set_tag(found.info.run_id, ATTACHED_TAG, content)
+
+    def address(self, identity: str) -> str | None:
+        """Of the page of the run of that fingerprint (or the environment's MLFLOW_RUN_ID); None where it has none, or where the
+        store is a file, which has no pages."""
+        given = os.environ.get("MLFLOW_RUN_ID")
+        if not is_server(self.uri):
+            return None
+        with talking(self.uri, self._about):
+            runs = [self.client.get_run(given)] if given else self._runs(identity)
+        infos = [run.info for run in runs[:1]]
+        return next((f"{self.uri.rstrip('/')}/#/experiments/{i.experiment_id}/runs/{i.run_id}" for i in infos), None)
 
     def register(self, asked: Registered, *, experiment_id: str | None = None) -> str:
         """As Registry.register, in the tracker's own experiment."""

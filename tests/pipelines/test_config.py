@@ -119,7 +119,7 @@ def test_everything_wrong_is_said_at_once_with_its_line(place: Path) -> None:
             8,
             "settings.stepz: unknown key (did you mean 'steps'?)",
         ),
-        (("mask:\n", "cluster: {nodes: 2}\nmask:\n"), 8, "cluster: running on a cluster is not built"),
+        (("mask:\n", "cluster: {nodes: 2}\nmask:\n"), 8, "cluster: unknown key"),
         (
             ("mask:\n", "landscape: {point: 21}\nmask:\n"),
             8,

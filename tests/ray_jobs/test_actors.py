@@ -145,7 +145,7 @@ def test_errors_reach_the_user_as_they_are(seen: dict[str, Any]) -> None:
 def test_actors_that_no_node_has_room_for_are_an_error_in_time(seen: dict[str, Any]) -> None:
     kind, message, calls = seen["no room"]
     assert kind == "EvaluationError"
-    assert "each needs 4 CPUs and 1 GPUs, the cluster has 4 CPUs, 0 GPUs" in message
+    assert "each needs 4 CPUs and 1 GPU, the cluster has 4 CPUs, 0 GPUs" in message
     assert calls >= 2  # a lease is looked after meanwhile
 
 

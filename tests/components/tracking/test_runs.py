@@ -98,6 +98,9 @@ def test_files_are_attached_once_and_anew_when_they_say_something_else(tracker: 
     tracker.attach(run.fingerprint, [report], content="b")
     assert shown() == "version 2"
     assert tracker.project(run)[""] == run_id
+    page = f"{tracker.uri}/#/experiments/{tracker.experiment_id}/runs/{run_id}"
+    assert tracker.address(run.fingerprint) == (page if tracker.uri.startswith("http") else None)
+    assert tracker.address("nobody") is None
 
 
 def tmp_path_of(parent: Path) -> Path:
