@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from components.errors import ConfigError, RealignError
-from pipelines import cli_compare, cli_doctor, cli_registry, cli_sweep
+from pipelines import cli_compare, cli_doctor, cli_pipeline, cli_registry, cli_step, cli_sweep
 from pipelines.interrupts import interruptible
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
 testbed = typer.Typer(help="Small real models with a known safety behaviour.", no_args_is_help=True)
 app.add_typer(testbed, name="testbed")
 cli_sweep.add_to(app)
+cli_step.add_to(app)
+cli_pipeline.add_to(app)
 cli_doctor.add_to(app)
 
 
