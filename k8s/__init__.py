@@ -1,0 +1,1 @@
+"""Image, manifests, and their check (`python -m k8s.check`)."""
