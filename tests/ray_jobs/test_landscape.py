@@ -109,7 +109,7 @@ def test_errors_reach_the_user_as_they_are_and_at_once(seen: dict[str, Any]) -> 
 def test_actors_that_no_node_has_room_for_are_an_error_in_time(seen: dict[str, Any]) -> None:
     kind, message, seconds = seen["no room"]
     assert kind == "EvaluationError"
-    assert "each needs 1 CPUs and 1 GPUs, the cluster has 2 CPUs, 0 GPUs" in message
+    assert "each needs 1 CPU and 1 GPU, the cluster has 2 CPUs, 0 GPUs" in message
     assert seconds < 30
 
 
