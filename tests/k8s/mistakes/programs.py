@@ -137,8 +137,8 @@ MISTAKES = (
     ),
     Mistake(
         "results where nobody finds them",
-        _entrypoint("realign run /etc/realign/realign.yaml --workspace /work/run"),
-        (r"^RayJob/realign-run spec.entrypoint: /work/run is not within /workspace",),
+        _entrypoint("realign run /etc/realign/realign.yaml --workspace /elsewhere/run"),
+        (r"^RayJob/realign-run spec.entrypoint: /elsewhere/run is not within /workspace",),
     ),
     Mistake(
         "a command that no shell reads",
