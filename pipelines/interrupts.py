@@ -9,23 +9,16 @@ from contextlib import contextmanager
 
 import typer
 
+from ray_jobs.signals import Terminated, terminable
+
 
 @contextmanager
 def interruptible(remedy: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM (Kubernetes, systemd, `timeout`) end a command with a sentence and the exit code that shells give
-    such an end."""
-    received = [signal.SIGINT]
-
-    def terminate(_signal: int, _frame: object) -> None:
-        received.append(signal.SIGTERM)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)
+    """Ctrl-C and SIGTERM end a command with a sentence and the exit code that shells give such an end."""
     try:
-        yield
-    except KeyboardInterrupt:
-        word = "interrupted" if received[-1] is signal.SIGINT else "terminated"
-        sys.stderr.write(f"realign: {word}; {remedy}\n")
-        raise typer.Exit(128 + received[-1]) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with terminable():
+            yield
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        sys.stderr.write(f"realign: {'terminated' if terminated else 'interrupted'}; {remedy}\n")
+        raise typer.Exit(128 + (signal.SIGTERM if terminated else signal.SIGINT)) from None

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from components.errors import ClusterError
+from ray_jobs.signals import sigterm_kept
 
 Request = Mapping[str, float]
 """CPU, GPU or a resource of the cluster's own -> how much of it one process takes."""
@@ -45,17 +44,16 @@ def join_cluster() -> None:
 
     if ray.is_initialized():
         return
-    address, on_terminate = cluster_address(), signal.getsignal(signal.SIGTERM)
+    address = cluster_address()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with sigterm_kept():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
         raise ClusterError(
             f"the Ray cluster at RAY_ADDRESS {address} takes no driver ({type(error).__name__}: {said}); see that its head is "
             "up and that RAY_AUTH_MODE and RAY_AUTH_TOKEN are the cluster's own, or unset RAY_ADDRESS to run on this machine"
         ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own prints a stack and aborts
 
 
 def could_hold(request: Request, count: int = 1) -> bool:

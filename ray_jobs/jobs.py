@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TextIO, TypedDict, TypeVar
 
 from components.errors import ClusterAwayError, ClusterError
+from ray_jobs.signals import terminable
 
 ANSWER = "REALIGN-ANSWER "
 """What the line of a job's log begins with that has its answer, as JSON."""
@@ -72,7 +70,7 @@ def run_job(job: Job, *, out: TextIO = sys.stdout) -> JobEnd:
     refused, ClusterAwayError where the head stays away; then the job goes on, and the next try finds it.
     """
     head = _Head(job)
-    with _terminable():
+    with terminable():
         try:
             if head.begin():
                 out.write(f"realign: job {job.submission_id} submitted to {job.address}\n")
@@ -275,20 +273,3 @@ def _refusal(said: str) -> str:
     if "Forbidden" in said:
         return "refuses the token (403): RAY_AUTH_TOKEN is not the cluster's"
     return f"refuses: {said.strip()}"
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM (Kubernetes ends a pod with it) as KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -6,8 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
-import threading
 import time
 import traceback
 from collections import deque
@@ -21,6 +19,7 @@ from components.errors import ClusterError, error_payload
 from components.evaluation.execution import EvaluationExecution
 from ray_jobs.cluster import ClusterExecution, Request, amounts, cluster_address, could_hold, join_cluster, no_room
 from ray_jobs.failure import Decision, decide
+from ray_jobs.signals import sigterm_kept
 from ray_jobs.stage import StageAnswer, StageSpec, run_stage
 
 _STARTS = 3
@@ -170,28 +169,25 @@ def start_ray(cpus: int) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    for tries in range(1, _STARTS + 1):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                resources={_SPREAD: float(cpus)},
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-            break
-        except Exception as error:
-            # Ray gives its processes half a minute and raises a bare Exception after that; a busy machine needs more.
-            if "timed out during startup" not in str(error) or tries == _STARTS:
-                raise
-            ray.shutdown()
-    if threading.current_thread() is threading.main_thread():
-        # Ray puts a handler of its own in place, which prints a C++ stack and aborts.
-        signal.signal(signal.SIGTERM, on_terminate)
+    with sigterm_kept():
+        for tries in range(1, _STARTS + 1):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    resources={_SPREAD: float(cpus)},
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+                break
+            except Exception as error:
+                # Ray gives its processes half a minute and raises a bare Exception after that; a busy machine needs more.
+                if "timed out during startup" not in str(error) or tries == _STARTS:
+                    raise
+                ray.shutdown()
 
 
 @contextmanager
