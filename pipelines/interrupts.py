@@ -9,16 +9,15 @@ from contextlib import contextmanager
 
 import typer
 
-from ray_jobs.signals import Terminated, terminable
+from ray_jobs.signals import terminable
 
 
 @contextmanager
 def interruptible(remedy: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM end a command with a sentence and the exit code that shells give such an end."""
-    try:
-        with terminable():
+    with terminable() as terminated:
+        try:
             yield
-    except KeyboardInterrupt as error:
-        terminated = isinstance(error, Terminated)
-        sys.stderr.write(f"realign: {'terminated' if terminated else 'interrupted'}; {remedy}\n")
-        raise typer.Exit(128 + (signal.SIGTERM if terminated else signal.SIGINT)) from None
+        except KeyboardInterrupt:
+            sys.stderr.write(f"realign: {'terminated' if terminated else 'interrupted'}; {remedy}\n")
+            raise typer.Exit(128 + (signal.SIGTERM if terminated else signal.SIGINT)) from None

@@ -8,23 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end by SIGTERM."""
-
-
 @contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated. In other threads than the main one, which alone hears signals, nothing changes."""
+def terminable() -> Iterator[list[signal.Signals]]:
+    """SIGTERM raises KeyboardInterrupt, and is then in the list: where Ray waits, it raises an exception of its own in place of
+    ours. In other threads than the main one, which alone hears signals, nothing changes."""
+    heard: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield heard
         return
 
     def terminate(_signal: int, _frame: object) -> None:
-        raise Terminated
+        heard.append(signal.SIGTERM)
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        yield
+        yield heard
     finally:
         signal.signal(signal.SIGTERM, before)
 
