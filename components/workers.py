@@ -32,11 +32,6 @@ class WorkerLostError(RealignError):
     """A process was killed: in practice by the system, for memory."""
 
 
-def available_processes() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def spread(
     task: Callable[[Item], Result], items: Sequence[Item], *, processes: int = 1
 ) -> Iterator[tuple[Item, Result]]:

@@ -10,8 +10,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from components.limits import available_cpus, available_memory
 from pipelines.doctor import Finding
-from pipelines.machine import GIB, available_memory, gpus
+from pipelines.machine import GIB, gpus
 
 _DISTRIBUTION = "safety-realign"
 _FILES_WANTED = 4096
@@ -81,11 +82,10 @@ def _beside_python(name: str) -> bool:
 def device_findings() -> list[Finding]:
     """Processors, memory, GPUs, and whether torch can use them."""
     free = available_memory()
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     grade: tuple[str, str] = ("ok", "")
     if free < 2 * GIB:
         grade = ("note", "end other work: testbed runs want 2 GiB; `realign plan CONFIG` says what a run takes")
-    found = [Finding(grade[0], "machine", f"{cpus} CPUs, {free / GIB:.1f} GiB of memory free", grade[1])]  # type: ignore[arg-type]
+    found = [Finding(grade[0], "machine", f"{available_cpus()} CPUs, {free / GIB:.1f} GiB of memory free", grade[1])]  # type: ignore[arg-type]
     cards = gpus()
     if not cards:
         return [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from components.evaluation.execution import EvaluationExecution
 from components.evaluation.judges.settings import JudgeExecution
 from components.evaluation.outcomes import Outcome
 from components.evaluation.prompts import PromptSet
+from components.limits import available_cpus
 from pipelines.sections import EvaluationSection, is_adapter
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def workers(models: Sequence[Named], runtime: Runtime) -> Iterator[None]:
         return
     from ray_jobs.submit import started_ray
 
-    with started_ray(max(os.cpu_count() or 1, runtime.actors)):
+    with started_ray(max(available_cpus(), runtime.actors)):
         yield
 
 
@@ -176,7 +176,7 @@ def _opened(model: Named, runtime: Runtime, dtype: str) -> Iterator[Answerer]:
         return
     device: Any = "cpu" if runtime.device == "cpu" else "cuda"
     execution = EvaluationExecution(actors=runtime.actors, device=device, devices=runtime.devices)
-    threads = max(1, (os.cpu_count() or 1) // runtime.actors)
+    threads = max(1, available_cpus() // runtime.actors)
     with answering(place, execution, dtype=dtype, batch_size=runtime.batch_size, threads=threads) as found:
         yield found
 

@@ -173,10 +173,10 @@ def fuse_typed(typed: Typed, out: str, *, processes: int | None, durable: bool, 
     if not out:
         raise ConfigError("--out is empty; name the directory that the model gets")
     recipe = typed.recipe()
-    from components.workers import available_processes
+    from components.limits import available_cpus
 
     progress = FuseProgress()
-    processes = processes or min(_MOST_PROCESSES, available_processes())
+    processes = processes or min(_MOST_PROCESSES, available_cpus())
     try:
         fused = _fused(recipe, out, processes, durable=durable, overwrite=overwrite, progress=progress)
     finally:

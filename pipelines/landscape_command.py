@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -141,14 +140,14 @@ def _default_actors(runtime: Runtime, scans: Sequence[Scan], model: Checkpoint, 
     import torch
 
     from components.evaluation.judges.models import resident_bytes
+    from components.limits import available_cpus, available_memory
     from components.masks.memory import PROCESS_HOST
-    from pipelines.machine import available_memory
 
     points: int = sum(scan.directions * scan.points ** len(scan.axes) for scan in scans)
     numel = sum(model.source.spec(name).numel for name in model.source.names())
     dtype: torch.dtype = getattr(torch, settings.dtype)
     each = PROCESS_HOST + 2 * numel * dtype.itemsize + resident_bytes(settings.judge)
-    return max(1, min(os.cpu_count() or 1, points, available_memory() // each))
+    return max(1, min(available_cpus(), points, available_memory() // each))
 
 
 def _check_device(runtime: Runtime) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from components.errors import ConfigError
+from components.limits import available_cpus, available_memory
 from pipelines.sections import ExecutionSection
 
 GIB = 2**30
@@ -57,7 +58,7 @@ def this_machine(workspace: Path, execution: ExecutionSection) -> Cluster:
     """What is free here now, and on the disks where files are or will be; of the CPUs, those that stages are to share."""
     found = gpus()
     return Cluster(
-        cpus=execution.workers or os.cpu_count() or 1,
+        cpus=execution.workers or available_cpus(),
         memory=available_memory(),
         disk=_free(workspace),
         offload_disk=_free(execution.mask.offload_dir) if execution.mask.offload_dir else None,
@@ -77,31 +78,6 @@ def described(workspace: Path, execution: ExecutionSection, given: Mapping[str, 
         # A node with GPUs has CPUs for their ranks; how many this one has says nothing.
         scaled["cpus"] = max(here.cpus, 8 * scaled["gpus"])
     return here.model_copy(update={**scaled, **({"offload_disk": None} if "disk" in scaled else {})})
-
-
-def available_memory() -> int:
-    """Bytes that can be taken without swapping; of a container's limit, where that is less."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    limits = [_cgroup(*names) for names in (_CGROUP_2, _CGROUP_1)]
-    return min([free, *(limit for limit in limits if limit is not None)])
-
-
-_CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
-_CGROUP_1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file")
-
-
-def _cgroup(limit: str, usage: str, reclaimable: str) -> int | None:
-    """What a container may still take: its limit less what it has, file pages that can be let go of left out."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        most, used = int((root / limit).read_text()), int((root / usage).read_text())
-        lines = (root / limit).with_name("memory.stat").read_text().splitlines()
-    except (OSError, ValueError):  # no container, or no limit ("max")
-        return None
-    cached = sum(int(line.split()[1]) for line in lines if line.split()[0] == reclaimable)
-    return max(0, most - used + cached)
 
 
 def _free(path: Path) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from components.evaluation.capability.settings import paths_of, semantics_of
 from components.evaluation.choose import FORMS
-from components.evaluation.judges.settings import semantics_and_execution
+from components.evaluation.judges.settings import OwnModel, judges_in, semantics_and_execution
 from components.evaluation.settings import SetSettings
 from components.fusion.settings import FusionSettings
 from components.masks.data import PreferenceData
@@ -233,6 +233,7 @@ def _evaluation(config: RunConfig, roots: Roots) -> Parts:
     judge, how = semantics_and_execution(config.evaluation.judge, roots.files)
     return {"evaluation": {**settings, "judge": judge}}, {
         "judges": how,
+        "judge_models": sum(isinstance(one, OwnModel) for one in judges_in(config.evaluation.judge)),
         "judge": config.execution.judge.model_dump(mode="json"),
     }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,14 +119,14 @@ def _default_actors(config: RunConfig, sweeping: Sweeping) -> int:
     import torch
 
     from components.evaluation.judges.models import resident_bytes
+    from components.limits import available_cpus, available_memory
     from components.masks.memory import PROCESS_HOST
-    from pipelines.machine import available_memory
 
     source = sweeping.owner.source
     dtype: torch.dtype = getattr(torch, sweeping.evaluation.dtype)
     weights: int = sum(source.spec(name).numel for name in source.names()) * dtype.itemsize
     each = PROCESS_HOST + weights + resident_bytes(sweeping.evaluation.judge)
-    cpus = (config.execution.workers or os.cpu_count() or 1) // config.execution.threads
+    cpus = (config.execution.workers or available_cpus()) // config.execution.threads
     return max(1, min(cpus, sweeping.sweep.trials, available_memory() // each))
 
 

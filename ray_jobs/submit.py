@@ -17,6 +17,7 @@ from typing import Any
 
 from components.errors import ClusterError, error_payload
 from components.evaluation.execution import EvaluationExecution
+from components.limits import available_cpus
 from ray_jobs.cluster import ClusterExecution, Request, amounts, cluster_address, could_hold, join_cluster, no_room
 from ray_jobs.failure import Decision, decide
 from ray_jobs.signals import sigterm_kept
@@ -25,14 +26,13 @@ from ray_jobs.stage import StageAnswer, StageSpec, run_stage
 _STARTS = 3
 """How often Ray is started before its not coming up is an error."""
 _OBJECT_STORE_BYTES = 128 * 2**20  # only specs and records travel through Ray
-
-
 _SPREAD = "spread_stage"
 """Resource of this machine's Ray that a stage takes which waits for processes of its own: one, or as many as CPUs that those
 take. No more are begun than there are CPUs."""
-_WAITS = ("train_mask", "landscape")
-"""Stages that do nothing themselves where processes of their own work for them: on a cluster they take no CPU, and stay on the
-head where it has room. An evaluation judges what its actors answer."""
+_JUDGES = ("evaluate",)
+"""Stages that judge what processes of their own answer. Where the judge is no model, and for all others that have such
+processes, there is nothing to do but wait: on a cluster they take no CPU, for which those processes might wait in vain, and
+stay on the head where it has room."""
 _LOOK_SECONDS = 2.0
 """Between two looks at who waits for a node."""
 
@@ -95,10 +95,11 @@ class RayRunner:
 
     def _request(self, one: _Pending) -> Request:
         """Of a cluster."""
-        if one.spread and one.spec.stage in _WAITS:
+        judges = bool(one.spec.execution.get("judge_models"))
+        if one.spread and not (judges and one.spec.stage in _JUDGES):
             return {"CPU": 0}
-        judges = one.spec.execution.get("judges") and str(one.spec.execution["judge"]["device"]).startswith("cuda")
-        return {"CPU": one.threads, **({"GPU": 1} if judges else {})}
+        on_gpu = judges and str(one.spec.execution["judge"]["device"]).startswith("cuda")
+        return {"CPU": one.threads, **({"GPU": 1} if on_gpu else {})}
 
     def _here(self, one: _Pending) -> dict[str, Any]:
         if not one.spread:
@@ -208,7 +209,7 @@ def processes(how: EvaluationExecution) -> Iterator[None]:
     if how.in_process:
         yield
         return
-    with started_ray(max(os.cpu_count() or 1, how.actors)):
+    with started_ray(max(available_cpus(), how.actors)):
         yield
 
 
@@ -232,7 +233,7 @@ def _gave_up(error: BaseException, tries: int) -> StageAnswer:
 def ray_runner(cpus: int | None = None, cluster: ClusterExecution | None = None) -> Iterator[RayRunner]:
     """A runner that starts Ray at the first submission (a run whose results are all there needs none). `cpus`: of this machine;
     `cluster`: how the cluster is shared, where there is one."""
-    runner = RayRunner(cpus=cpus or os.cpu_count() or 1, cluster=cluster or ClusterExecution())
+    runner = RayRunner(cpus=cpus or available_cpus(), cluster=cluster or ClusterExecution())
     try:
         yield runner
     finally:

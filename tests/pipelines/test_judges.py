@@ -109,6 +109,7 @@ def test_a_moved_judge_is_the_same_and_a_changed_one_another(place: Path) -> Non
     assert "classifier" not in json.dumps({**first.semantics, "evaluation": {}})
     assert str(place) not in json.dumps(first.semantics["evaluation"])
     assert first.execution["judges"] == [{"model": str(place / "classifier")}]
+    assert first.execution["judge_models"] == 1
     (place / "elsewhere").mkdir()
     (place / "classifier").rename(place / "elsewhere" / "moved")
     moved = classifier("elsewhere/moved")

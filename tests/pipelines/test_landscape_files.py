@@ -63,8 +63,8 @@ def test_actors_are_as_many_as_the_memory_holds(taught: Path, monkeypatch: pytes
     numel = sum(model.source.spec(name).numel for name in model.source.names())
 
     def actors(memory: int, **more: Any) -> int:
-        monkeypatch.setattr("pipelines.machine.available_memory", lambda: memory)
-        monkeypatch.setattr("os.cpu_count", lambda: 64)
+        monkeypatch.setattr("components.limits.available_memory", lambda: memory)
+        monkeypatch.setattr("components.limits.available_cpus", lambda: 64)
         return _default_actors(replace(RUNTIME, **more), [Scan()], model, EvaluationSettings(dtype="float32"))
 
     each = PROCESS_HOST + 2 * 4 * numel

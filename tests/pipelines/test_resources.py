@@ -16,12 +16,13 @@ from safetensors import safe_open
 from components.checkpoints.adapters import LoraSource
 from components.errors import ConfigError
 from components.evaluation.judges.settings import ClassifierSettings
+from components.limits import available_memory
 from components.masks.memory import PROCESS_HOST
 from components.masks.zero import MaskExecution
 from pipelines.config import RunConfig, load_config
 from pipelines.graph import STEPS
 from pipelines.inputs import open_models, trainings
-from pipelines.machine import GIB, Cluster, Rates, available_memory, described, measure
+from pipelines.machine import GIB, Cluster, Rates, described, measure
 from pipelines.needs import NEEDS
 from pipelines.placement import Proposal, cost, need, propose, require_fit, side_by_side
 from pipelines.plan_text import plan_json, plan_lines
