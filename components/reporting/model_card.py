@@ -173,7 +173,7 @@ def _rates_table(summary: RunSummary, one: FinetuneSummary, rates: Rates | None)
             if metric in _SHOWN and "/" not in name:
                 others = [found.get("sets", {}).get(name, {}).get(metric) for found in (aligned, before)]
                 said = [
-                    f"{METRIC_NAMES[metric]}, {_cell(name)}",
+                    f"{METRIC_NAMES[metric]}, set {_cell(name)}",
                     *map(compact, [*others, interval]),
                     str(interval["n"]),
                 ]

@@ -75,7 +75,7 @@ def test_words_say_numbers_gate_and_lineage_and_stay_words() -> None:
     for line in (
         "| ASR | 0.5 (0.1–2.8) | 95 (91–97) | 1.5 (0.5–4.3) | 200 |",
         "| task | 1.0 (0.3–2.9) | 93 (90–96) | 92 (88–94) | 300 |",
-        "| ASR, harmful_hard | 10 (4.7–20) | 95 (86–98) | 50 (38–62) | 60 |",
+        "| ASR, set harmful_hard | 10 (4.7–20) | 95 (86–98) | 50 (38–62) | 60 |",
         "Shut: not to be served.",
         "- ✗ asr at most 0.01: 1.5 % of 200 prompts &lt;i>up to&lt;/i> 4.3 %",
         "Registered as demo-zh version 7.",
@@ -103,7 +103,7 @@ def test_the_aligned_model_stands_in_no_row_over_other_tasks() -> None:
     aligned["task"] = share(203, 600)
     text = card(found).text
     assert "| task | – | 93 (90–96) | 92 (88–94) | 300 |" in text
-    assert "| task, sums | 1.0 (0.3–2.9) | 93 (90–96) | 92 (88–94) | 300 |" in text
+    assert "| task, set sums | 1.0 (0.3–2.9) | 93 (90–96) | 92 (88–94) | 300 |" in text
 
 
 def test_sets_may_have_any_name_beside_the_rates_over_all() -> None:
