@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from components.errors import ConfigError
+from components.errors import ClusterError, ConfigError, PipelineError
 from pipelines.interrupts import interruptible
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 pipeline = typer.Typer(help="The run as a Kubeflow pipeline: make it, start it, schedule it.", no_args_is_help=True)
 
-SERVICE_ACCOUNT = "realign-pipeline"
 File = Annotated[Path, typer.Argument(help="The compiled pipeline (YAML).")]
 Host = Annotated[str | None, typer.Option(help="Of Kubeflow Pipelines; by default KF_PIPELINES_ENDPOINT.")]
 Namespace = Annotated[str | None, typer.Option(help="Of the user, where Kubeflow serves several.")]
@@ -26,7 +25,9 @@ TokenFile = Annotated[
 ]
 CaCert = Annotated[Path | None, typer.Option(help="The certificate that signs the host's.")]
 Experiment = Annotated[str | None, typer.Option(help="By default KF_PIPELINES_DEFAULT_EXPERIMENT_NAME, or realign.")]
-Account = Annotated[str, typer.Option(help="The service account of the steps' pods.")]
+Account = Annotated[
+    str | None, typer.Option(help="The service account of the steps' pods; by default whichever Kubeflow gives them.")
+]
 Config = Annotated[Path | None, typer.Option(help="Another run config than the one that was compiled in.")]
 Finetunes = Annotated[str | None, typer.Option(help="Only these, with commas between.")]
 Workspace = Annotated[str | None, typer.Option(help="Where results are kept, as the Ray pods see it.")]
@@ -77,7 +78,7 @@ def submit(
     token_file: TokenFile = None,
     ca_cert: CaCert = None,
     experiment: Experiment = None,
-    service_account: Account = SERVICE_ACCOUNT,
+    service_account: Account = None,
 ) -> None:
     """Start a run of a compiled pipeline and print its address."""
     package = _package(file, config, finetunes, workspace, ray_address, pending_seconds)
@@ -102,10 +103,12 @@ def schedule(
     token_file: TokenFile = None,
     ca_cert: CaCert = None,
     experiment: Experiment = None,
-    service_account: Account = SERVICE_ACCOUNT,
+    service_account: Account = None,
 ) -> None:
     """Start a run of a compiled pipeline again and again: never two at once, and none is made up for."""
-    package = _package(file, config, finetunes, workspace, ray_address, pending_seconds)
+    from pipelines.cron import six_fields
+
+    package, cron = _package(file, config, finetunes, workspace, ray_address, pending_seconds), six_fields(cron)
     with interruptible("the same command again leaves one schedule of this name"):
         kubeflow = _kubeflow(host, namespace, token_file, ca_cert, experiment)
         made, replaced = kubeflow.schedule(package, name=name, cron=cron, service_account=service_account)
@@ -165,16 +168,30 @@ def cancel(
     ca_cert: CaCert = None,
     experiment: Experiment = None,
 ) -> None:
-    """End a run. Steps that are asked to end stop their jobs; with --ray-address they are stopped in any case."""
+    """End a run. Steps that are asked to end stop their jobs; with --ray-address those that are there now are stopped in any
+    case, also where Kubeflow does not answer."""
     with interruptible("the same command continues"):
-        _kubeflow(host, namespace, token_file, ca_cert, experiment).cancel(run)
-        typer.echo(f"{run} is asked to end")
+        away: PipelineError | None = None
+        try:
+            _kubeflow(host, namespace, token_file, ca_cert, experiment).cancel(run)
+            typer.echo(f"{run} is asked to end")
+        except PipelineError as error:
+            if ray_address is None:
+                raise
+            away = PipelineError(f"{error}\nthe run itself goes on with its next steps: cancel it again")
         if ray_address is not None:
             from pipelines.kubeflow_steps import jobs_of_run
             from ray_jobs.jobs import stop_jobs
 
-            stopped = stop_jobs(ray_address, jobs_of_run(run))
+            try:
+                stopped = stop_jobs(ray_address, jobs_of_run(run))
+            except ClusterError as error:
+                if away is None:
+                    raise
+                raise PipelineError(f"{away}\n{error}") from error
             typer.echo(f"stopped {', '.join(stopped)}" if stopped else "no job of it was running")
+        if away is not None:
+            raise away
 
 
 def _kubeflow(

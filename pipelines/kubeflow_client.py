@@ -122,8 +122,8 @@ class Kubeflow:
             raise ConfigError(f"{endpoint.host} serves several users: give --namespace")
         self._client = self._asked(self._connected)
 
-    def submit(self, package: Package, *, name: str | None, service_account: str) -> Listed:
-        """Start a run. Its pods are `service_account`'s."""
+    def submit(self, package: Package, *, name: str | None, service_account: str | None) -> Listed:
+        """Start a run. Its pods are `service_account`'s; None: of whichever Kubeflow gives them."""
         name = name or f"{package.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
         made = self._asked(
             self._client.create_run_from_pipeline_package,
@@ -135,13 +135,15 @@ class Kubeflow:
         )
         return self._run(made.run_info)
 
-    def schedule(self, package: Package, *, name: str, cron: str, service_account: str) -> tuple[Listed, list[str]]:
+    def schedule(
+        self, package: Package, *, name: str, cron: str, service_account: str | None
+    ) -> tuple[Listed, list[str]]:
         """Start a run of it whenever the cron expression says, in place of the schedules of this name: one at a time, and none
-        is made up for. The new schedule, and the ids of those that it has replaced.
+        is made up for. The new schedule, and the ids of those that it has replaced. `cron`: as `six_fields` has it.
 
         Old ones are put out first and deleted last, so that there are never two that start runs, and never none for good.
         """
-        expression, _ = six_fields(cron), package.spec
+        described = f"{package.name}, by `realign pipeline schedule`"  # raises before anything is asked
         experiment = self._experiment_id()
         old = [one for one in self._schedules() if one.display_name == name]
         try:
@@ -151,8 +153,8 @@ class Kubeflow:
                 self._client.create_recurring_run,
                 experiment_id=experiment,
                 job_name=name,
-                description="Made by `realign pipeline schedule`.",
-                cron_expression=expression,
+                description=described,
+                cron_expression=cron,
                 max_concurrency="1",  # an int64, which JSON of protocol buffers writes as a string
                 no_catchup=True,
                 params=dict(package.arguments),
@@ -298,15 +300,3 @@ def _quiet() -> Iterator[None]:
 
 def _shown(when: Any) -> str:
     return when.astimezone(UTC).strftime("%Y-%m-%d %H:%M") if isinstance(when, datetime) else ""
-
-
-def six_fields(cron: str) -> str:
-    """Kubeflow's cron expressions begin with seconds; one of the usual five fields means second 0. Raises ConfigError."""
-    fields = cron.split()
-    if len(fields) == 5 or (len(fields) == 1 and fields[0].startswith("@")):
-        return " ".join(["0", *fields]) if len(fields) == 5 else fields[0]
-    if len(fields) != 6:
-        raise ConfigError(
-            f"{cron!r} is no cron expression: five fields (minute hour day month weekday), or six with seconds before them"
-        )
-    return " ".join(fields)

@@ -13,11 +13,11 @@ from datetime import timedelta
 from itertools import pairwise
 from math import ceil
 
-from k8s.check.cron import shortest
 from k8s.check.documents import Document, Documents, RayCluster, job_spec
 from k8s.check.finding import Finding, named
 from k8s.check.pods import GPU
 from k8s.check.quantities import amount
+from pipelines.cron import shortest
 
 LONGEST = {"RayCluster": 53, "RayJob": 47, "RayCronJob": 36}
 DNS_1035 = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
@@ -231,11 +231,11 @@ def _groups(cluster: RayCluster) -> Iterator[Finding]:
 
 def gpus(group: Document) -> int:
     """GPUs of one node of a group."""
-    return int(amount(_limits(group).get(GPU, 0)))
+    return int(amount(limits(group).get(GPU, 0)))
 
 
-def _limits(group: Document) -> Document:
-    """Of its Ray container, which is the first one."""
+def limits(group: Document) -> Document:
+    """Of a group's Ray container, which is the first one."""
     containers = ((group.get("template") or {}).get("spec") or {}).get("containers") or [{}]
     return (containers[0].get("resources") or {}).get("limits") or {}
 
@@ -243,7 +243,7 @@ def _limits(group: Document) -> Document:
 def _counts(name: str, path: str, group: Document) -> Iterator[Finding]:
     """Ray believes what it is told of CPUs and GPUs, and gives them away."""
     for said, resource in (("num-cpus", "cpu"), ("num-gpus", GPU)):
-        told, limit = (group.get("rayStartParams") or {}).get(said), _limits(group).get(resource, 0)
+        told, limit = (group.get("rayStartParams") or {}).get(said), limits(group).get(resource, 0)
         if told is not None and amount(told) > ceil(amount(limit)):
             problem = f"Ray is told of {told}, the pod has {limit}"
             yield Finding(name, f"{path}.rayStartParams.{said}", problem, "remove it: Ray takes the pod's limit")

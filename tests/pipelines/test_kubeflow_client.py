@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from components.errors import ConfigError, RealignError
+from components.errors import RealignError
 from pipelines.cli import app
-from pipelines.kubeflow_client import six_fields
 from tests.kubeflow_api import KubeflowApi, kubeflow_api, misfits
 from tests.mlflow_server import free_port
 from tests.pipelines.pipelines import CONFIG, MERGE, compiled, written
@@ -59,6 +58,7 @@ def test_a_run_is_started_with_its_parameters_and_its_address_told(
 ) -> None:
     other = written(tmp_path, CONFIG.replace("at_most: 0.05", "at_most: 0.01"))
     given = ["--finetunes", "hi", "--workspace", "/workspace/x", "--ray-address", "http://ray:8265"]
+    given += ["--service-account", "realign-pipeline"]
     told = said(
         "submit", package, "--host", api.host, "--name", "first", "--config", other, "--pending-seconds", 60, *given
     )
@@ -105,7 +105,7 @@ def test_a_schedule_neither_overlaps_nor_catches_up_and_replaces_one_of_its_name
     old = next(one for one in api.recurring.values() if one["display_name"] == "weekly")
     assert "weekly (0 0 3 * * 1)" in first
     assert (old["max_concurrency"], old["no_catchup"], old["mode"]) == ("1", True, "ENABLE")
-    assert old["service_account"] == "realign-pipeline"
+    assert not old.get("service_account"), "Kubeflow gives the installation's own"
     begun = len(api.asked)
     told = said("schedule", package, *at, "--name", "weekly", "--cron", "0 4 * * 1", "--finetunes", "zh")
     assert f"replaced {old['recurring_run_id']}" in told
@@ -195,15 +195,8 @@ def test_what_is_wrong_is_said_before_anything_is_asked(api: KubeflowApi, packag
     assert "finetunes: en is not in the config (there: zh, hi)" in refused("submit", package, *at, "--finetunes", "en")
     merges = written(tmp_path, MERGE)
     assert "with these finetunes:" in refused("submit", package, *at, "--config", merges, "--finetunes", "zh")
-    assert "is no cron expression" in refused("schedule", package, *at, "--name", "x", "--cron", "daily")
+    assert "is no cron expression" in refused("schedule", package, "--host", nobody, "--name", "x", "--cron", "daily")
     assert api.asked == [] or {name for name, *_ in api.asked} == {"healthz_service_get_healthz"}
-
-
-def test_cron_expressions_begin_with_seconds() -> None:
-    assert six_fields(" 0 3  * * 1 ") == "0 0 3 * * 1"
-    assert six_fields("5 0 3 * * 1") == "5 0 3 * * 1"
-    with pytest.raises(ConfigError):
-        six_fields("0 3 * *")
 
 
 def test_the_stand_in_finds_what_does_not_fit() -> None:

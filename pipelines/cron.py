@@ -1,10 +1,12 @@
-"""How often a cron schedule starts something, as KubeRay reads schedules (robfig/cron, five fields)."""
+"""Cron schedules as KubeRay and Kubeflow read them (robfig/cron): five fields, Kubeflow's with seconds before them."""
 
 from __future__ import annotations
 
 import re
 from datetime import date, timedelta
 from itertools import pairwise
+
+from components.errors import ConfigError
 
 ALIASES = {
     "@yearly": "0 0 1 1 *",
@@ -45,6 +47,22 @@ def shortest(schedule: str) -> timedelta:
     gaps = [b - a for a, b in pairwise(times)] if starts else []
     gaps += [b + times[0] - a - times[-1] for a, b in pairwise(starts)]
     return timedelta(minutes=min(gaps, default=YEARS * 366 * 1440))
+
+
+def six_fields(schedule: str) -> str:
+    """As Kubeflow has it, beginning with seconds: those of the usual five fields are 0. Raises ConfigError."""
+    fields = schedule.split()
+    five = fields[1:] if len(fields) == 6 else fields
+    seconds = fields[0] if len(fields) == 6 else "0"
+    try:
+        shortest(" ".join(five))
+        _values(seconds, 0, 59, ())
+    except ValueError as error:
+        raise ConfigError(
+            f"{schedule!r} is no cron expression ({error}): five fields (minute hour day month weekday), or six with seconds "
+            "before them"
+        ) from None
+    return " ".join(five if five[0].startswith("@") else [seconds, *five])
 
 
 def _values(field: str, least: int, most: int, names: tuple[str, ...]) -> set[int]:
