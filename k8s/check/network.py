@@ -30,7 +30,7 @@ FLOWS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]], ...] = (
     (("mlflow",), ("mlflow-postgres",), (5432,)),
     (("ray-head",), ("redis",), (6379,)),
     ((*RAY, "mlflow"), ("object store",), (443,)),
-    (("ray-head", "kubeflow step here"), ("kubernetes api",), (443, 6443)),
+    (("ray-head", "kubeflow step here"), ("kubernetes api",), (443, 6443, 8443)),
     (("kubeflow step here",), ("kubeflow",), (8887, 8888, 9000)),
 )
 """Sources, targets, TCP ports: the whole of what may talk. Everything may ask for names besides."""
@@ -73,7 +73,7 @@ def _strangers(namespace: str) -> tuple[list[Peer], list[Peer]]:
         Peer("the internet", "203.0.113.7"),
     ]
     go = [
-        Peer("kubernetes api", "10.96.0.1", ports=(443, 6443)),
+        Peer("kubernetes api", "10.96.0.1", ports=(443, 6443, 8443)),
         Peer("object store", "203.0.113.7", ports=(443, 25, 80)),
         Peer("the cloud's metadata", "169.254.169.254", ports=(80, 443)),
     ]
@@ -83,12 +83,12 @@ def _strangers(namespace: str) -> tuple[list[Peer], list[Peer]]:
 def network_findings(documents: Documents) -> Iterator[Finding]:
     """What is open and should not be, and what is cut and should not be."""
     policies = documents.of("NetworkPolicy")
-    around = {d["metadata"]["name"]: d["metadata"].get("labels") or {} for d in documents.of("Namespace")}
+    around = documents.names("Namespace")
     for namespace in sorted({p.namespace for p in documents.pods}):
         # A set of documents without any policy is a run that is checked without what it runs in.
         own = [p for p in policies if p["metadata"].get("namespace", "default") == namespace]
         if own or namespace in around:
-            yield from _findings(list(_peers(documents, namespace, around)), own, namespace)
+            yield from _findings(list(peers_of(documents, namespace)), own, namespace)
 
 
 def _findings(mine: list[Peer], policies: list[Document], namespace: str) -> Iterator[Finding]:
@@ -100,8 +100,8 @@ def _findings(mine: list[Peer], policies: list[Document], namespace: str) -> Ite
             if target.pod is None and source.namespace != namespace:
                 continue
             for port in target.ports:
-                out = _allowing(policies, source, target, port, "Egress", namespace)
-                into = _allowing(policies, target, source, port, "Ingress", namespace)
+                out = allowing(policies, source, target, port, "Egress", namespace)
+                into = allowing(policies, target, source, port, "Ingress", namespace)
                 if not _wanted(source.actor, target.actor, port):
                     for way in into if target.pod else out:
                         opened[way].add((source.actor, target.actor, port))
@@ -119,7 +119,7 @@ def _findings(mine: list[Peer], policies: list[Document], namespace: str) -> Ite
     system = (("kubernetes.io/metadata.name", "kube-system"),)
     dns = Peer("names", "10.244.0.2", "kube-system", (("k8s-app", "kube-dns"),), system)
     for peer in mine:
-        if not _allowing(policies, peer, dns, 53, "Egress", namespace, "UDP"):
+        if not allowing(policies, peer, dns, 53, "Egress", namespace, "UDP"):
             yield Finding(_name(peer), "networkpolicies", "cannot ask for names", "allow UDP 53 to kube-dns")
 
 
@@ -127,7 +127,9 @@ def _name(peer: Peer) -> str:
     return peer.pod.name if peer.pod else peer.actor
 
 
-def _peers(documents: Documents, namespace: str, around: dict[str, dict[str, str]]) -> Iterator[Peer]:
+def peers_of(documents: Documents, namespace: str) -> Iterator[Peer]:
+    """The pods of the manifests in a namespace."""
+    around = {d["metadata"]["name"]: d["metadata"].get("labels") or {} for d in documents.of("Namespace")}
     labels = {"kubernetes.io/metadata.name": namespace} | around.get(namespace, {})
     for pod in documents.pods:
         if pod.namespace == namespace:
@@ -149,26 +151,31 @@ def _wanted(source: str, target: str, port: int) -> bool:
     return any(source in sources and target in targets and port in ports for sources, targets, ports in FLOWS)
 
 
-def _allowing(
+def allowing(
     policies: list[Document], bound: Peer, other: Peer, port: int, direction: str, here: str, protocol: str = "TCP"
 ) -> list[tuple[str, str]]:
     """Document and path of every rule that lets it on the side of `bound`; these policies bind nobody but pods of `here`."""
     if bound.namespace != here:
         return [(bound.actor, direction)]
     key, peers = ("ingress", "from") if direction == "Ingress" else ("egress", "to")
-    binding = [
-        p
-        for p in policies
-        if selects(p["spec"].get("podSelector"), dict(bound.labels)) and direction in policy_types(p["spec"])
-    ]
-    if not binding:
+    holding = binding(policies, bound, direction)
+    if not holding:
         return [(_name(bound), f"no NetworkPolicy for {direction.lower()}")]
     ports_at = bound if direction == "Ingress" else other
     return [
         (named(policy), f"spec.{key}[{index}]")
-        for policy in binding
+        for policy in holding
         for index, rule in enumerate(policy["spec"].get(key) or [])
-        if _matches_peer(rule.get(peers), other, policy) and _matches_port(rule.get("ports"), port, protocol, ports_at)
+        if _matches_peer(rule.get(peers), other, policy) and matches_port(rule.get("ports"), port, protocol, ports_at)
+    ]
+
+
+def binding(policies: list[Document], bound: Peer, direction: str) -> list[Document]:
+    """Policies of its namespace that say whom a pod may talk to in that direction."""
+    return [
+        p
+        for p in policies
+        if selects(p["spec"].get("podSelector"), dict(bound.labels)) and direction in policy_types(p["spec"])
     ]
 
 
@@ -204,7 +211,7 @@ def _within(address: str, block: str) -> bool:
     return ip_address(address) in ip_network(block)
 
 
-def _matches_port(ports: list[Document] | None, port: int, protocol: str, target: Peer) -> bool:
+def matches_port(ports: list[Document] | None, port: int, protocol: str, target: Peer) -> bool:
     if not ports:
         return True
     names = {

@@ -60,15 +60,15 @@ def _known(peer: Document, ports: list[Document], direction: str, bound: set[str
     if "ipBlock" in peer:
         return direction == "Egress" and any(_may(bound, target, ports) for target in _targets(peer["ipBlock"]))
     pods = peer.get("podSelector")
-    where = {here} if "namespaceSelector" not in peer else _asked(peer["namespaceSelector"], NAMESPACE)
+    where = {here} if "namespaceSelector" not in peer else asked_labels(peer["namespaceSelector"], NAMESPACE)
     if where == {here}:
         actors = {actor for sources, targets, _ in FLOWS for actor in (*sources, *targets)}
-        own = _asked(pods, COMPONENT)
+        own = asked_labels(pods, COMPONENT)
         return (own is not None and own <= actors) or _asks_for(pods, KFP)
     return any(where == {name} and direction in ways and _asks_for(pods, labels) for name, labels, ways in OUTSIDE)
 
 
-def _asked(selector: Document | None, key: str) -> set[str] | None:
+def asked_labels(selector: Document | None, key: str) -> set[str] | None:
     """The values of a label that a selector takes, None where it takes any."""
     values = {(selector or {}).get("matchLabels", {}).get(key)} - {None}
     for expression in (selector or {}).get("matchExpressions") or []:
@@ -78,7 +78,7 @@ def _asked(selector: Document | None, key: str) -> set[str] | None:
 
 
 def _asks_for(selector: Document | None, labels: dict[str, str]) -> bool:
-    return all(_asked(selector, key) == {value} for key, value in labels.items())
+    return all(asked_labels(selector, key) == {value} for key, value in labels.items())
 
 
 def _targets(block: Document) -> Iterator[str]:

@@ -9,8 +9,10 @@ from pathlib import Path, PurePosixPath
 
 from components.errors import ConfigError
 from k8s.check.documents import Container, Document, Documents, Pod, RayCluster, job_spec, place
+from k8s.check.environment import config_map, variables_of
 from k8s.check.finding import Finding, named
 from k8s.check.ray import gpus
+from k8s.check.room import room_findings
 from pipelines.config import load_config
 
 WORKSPACE = "/workspace"
@@ -75,27 +77,9 @@ def _places(pod: Pod) -> Iterator[Finding]:
         yield Finding(pod.name, path, f"{WORKSPACE} is read-only, and stages write there", "let it be written")
 
 
-def _variables(pod: Pod, container: Container, documents: Documents) -> dict[str, str] | None:
-    """The environment as far as the manifests have it; None where a ConfigMap of it is not among them."""
-    found: dict[str, str] = {}
-    for source in container.spec.get("envFrom") or []:
-        name = (source.get("configMapRef") or {}).get("name")
-        if name is not None:
-            document = _config_map(name, pod.namespace, documents)
-            if document is None:
-                return None
-            found |= {source.get("prefix", "") + key: value for key, value in (document.get("data") or {}).items()}
-    return found | {v["name"]: str(v.get("value", "")) for v in container.spec.get("env") or []}
-
-
-def _config_map(name: str, namespace: str, documents: Documents) -> Document | None:
-    maps = (d for d in documents.of("ConfigMap") if d["metadata"]["name"] == name and place(d) == namespace)
-    return next(maps, None)
-
-
 def _environment(pod: Pod, documents: Documents) -> Iterator[Finding]:
     container = _main(pod)
-    variables = _variables(pod, container, documents)
+    variables = variables_of(pod, container, documents)
     if variables is None:
         return
     path = f"{container.path}.env"
@@ -156,26 +140,26 @@ def _entrypoint(document: Document, documents: Documents) -> Iterator[Finding]:
         return
     if not heads or words[:1] != ["realign"]:
         return
-    head, container = heads[0], _main(heads[0])
     for option, folder in pairwise(words):
         if option == "--workspace" and not PurePosixPath(folder).is_relative_to(WORKSPACE):
             problem = f"{folder} is not within {WORKSPACE}, which all nodes share"
             yield Finding(named(document), path, problem, f"use a folder in {WORKSPACE}")
     for word in words:
         if PurePosixPath(word).suffix in {".yaml", ".yml"}:
-            yield from _config(document, path, word, head, container, documents)
+            yield from _config(document, path, word, words[1], heads[0], documents)
 
 
 def _config(
-    document: Document, path: str, file: str, head: Pod, container: Container, documents: Documents
+    document: Document, path: str, file: str, command: str, head: Pod, documents: Documents
 ) -> Iterator[Finding]:
+    container = _main(head)
     mount = _mount(container, file)
     if mount is None:
         yield Finding(named(document), path, f"nothing is mounted where {file} lies", "mount realign-config there")
         return
     volume = _volume(head, mount) or {}
     source = volume.get("configMap")
-    config = _config_map(source["name"], head.namespace, documents) if source else None
+    config = config_map(source["name"], head.namespace, documents) if source else None
     if source is None or config is None:
         return  # a file of another volume, or a ConfigMap that another rule misses
     key = mount.get("subPath") or str(PurePosixPath(file).relative_to(mount["mountPath"]))
@@ -186,10 +170,6 @@ def _config(
         problem = f"{named(config)}, mounted at {mount['mountPath']}, has no {key}"
         yield Finding(named(document), path, problem, f"it has: {', '.join(sorted(texts)) or 'nothing'}")
         return
-    yield from _run_config(config, key, file, _variables(head, container, documents) or {})
-
-
-def _run_config(config: Document, key: str, file: str, variables: dict[str, str]) -> Iterator[Finding]:
     path = f"data.{key}"
     try:
         run = load_config(Path(file), far=config["data"][key])
@@ -197,7 +177,10 @@ def _run_config(config: Document, key: str, file: str, variables: dict[str, str]
         for line in str(error).splitlines():
             yield Finding(named(config), path, line, "mend the run config")
         return
-    told = variables.get(URI)
+    told = (variables_of(head, container, documents) or {}).get(URI)
     if run.tracking.uri and told and run.tracking.uri.rstrip("/") != told.rstrip("/"):
         problem = f"tracking.uri is {run.tracking.uri}, the pods' {URI} {told}"
         yield Finding(named(config), path, problem, "name one server in both")
+    if command in ("run", "sweep"):
+        cluster = next(one for one in documents.clusters if one.owner is document)
+        yield from room_findings(named(config), path, run, command, cluster)

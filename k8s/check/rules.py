@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k8s.check.documents import Document, Documents
-from k8s.check.finding import Finding
+from k8s.check.finding import Finding, named
 from k8s.check.network import network_findings
 from k8s.check.peers import peer_findings
 from k8s.check.pods import pod_findings
@@ -16,6 +16,7 @@ from k8s.check.ray import ray_findings
 from k8s.check.references import reference_findings
 from k8s.check.schemas import VERSIONS, schema_findings
 from k8s.check.services import service_findings
+from k8s.check.store import store_findings, store_notes
 
 RULES = (
     pod_findings,
@@ -26,6 +27,7 @@ RULES = (
     peer_findings,
     service_findings,
     program_findings,
+    store_findings,
 )
 
 
@@ -52,6 +54,11 @@ def notes(documents: list[Document]) -> Iterator[str]:
         yield f"{image.partition('@')[0]} has the placeholder digest: put yours into the overlay's site"
     if "example-bucket" in text:
         yield "the object store is s3://example-bucket: put yours into settings.env"
+    claims = Documents(documents).of("PersistentVolumeClaim")
+    placeholders = sorted(named(d) for d in claims if (d.get("spec") or {}).get("storageClassName") == "shared")
+    if placeholders:
+        yield f"{', '.join(placeholders)}: the storage class is still called shared: put yours into the overlay's settings"
+    yield from store_notes(Documents(documents))
     for policy in Documents(documents).of("NetworkPolicy"):
         peers = [peer for rule in policy["spec"].get("egress") or [] for peer in rule.get("to") or []]
         if any((peer.get("ipBlock") or {}).get("cidr") == "10.0.0.0/8" for peer in peers):

@@ -43,7 +43,7 @@ def _group(document: Document) -> str:
 @cache
 def _core(version: str, kind: str, api_version: str) -> Draft202012Validator | None:
     group, _, short = api_version.rpartition("/")
-    directory = f"kubernetes-json-schema/v{_exact(version)}-local-strict"
+    directory = f"kubernetes-json-schema/v{known_versions()[version]}-local-strict"
     name = f"{kind.lower()}-{group.split('.')[0] + '-' if group else ''}{short}.json"
     try:
         schema = schema_contents(f"{directory}/{name}", version)
@@ -54,12 +54,17 @@ def _core(version: str, kind: str, api_version: str) -> Draft202012Validator | N
 
 @cache
 def _definitions(version: str) -> Registry[Any]:
-    content = schema_contents(f"kubernetes-json-schema/v{_exact(version)}-local-strict/_definitions.json", version)
+    content = schema_contents(
+        f"kubernetes-json-schema/v{known_versions()[version]}-local-strict/_definitions.json", version
+    )
     return Resource.from_contents(content) @ Registry()
 
 
-def _exact(version: str) -> str:
-    return next(str(v) for v in all_versions() if v.startswith(f"{version}."))
+@cache
+def known_versions() -> dict[str, str]:
+    """Versions of Kubernetes that have schemas, oldest first: `1.34` -> `1.34.0`."""
+    exact = sorted((str(v) for v in all_versions()), key=lambda version: [int(part) for part in version.split(".")])
+    return {version.rpartition(".")[0]: version for version in exact}
 
 
 def _custom(document: Document, crds: Path | None) -> Iterator[Finding]:

@@ -27,11 +27,12 @@ needs_crds = pytest.mark.skipif(
 @cache
 def _rendered(overlay: str) -> tuple[dict[str, Any], ...]:
     folder = ROOT / "k8s" / "overlays" / overlay
-    return (*render(folder), *render(folder / "run"))
+    parts = [folder / part for part in ("testbed", "run") if (folder / part).is_dir()]
+    return (*render(folder), *(document for part in parts for document in render(part)))
 
 
 def documents(overlay: str) -> list[dict[str, Any]]:
-    """What stands and one run of it, yours to change."""
+    """What stands, one run of it, and the local one's testbed; yours to change."""
     return copy.deepcopy(list(_rendered(overlay)))
 
 

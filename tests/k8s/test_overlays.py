@@ -13,6 +13,7 @@ import yaml
 
 from k8s.check.documents import Documents, render
 from k8s.check.references import SECRETS
+from k8s.check.room import ray_resources
 from k8s.check.rules import notes
 from tests.k8s.rendered import CRDS, OVERLAYS, ROOT, documents, findings, needs_crds, needs_kubectl, one
 
@@ -84,6 +85,9 @@ def test_an_autoscaler_sees_what_groups_without_nodes_are_for(overlay: str) -> N
     expected = {"cpu": {}, "gpu-train": {"realign_train": 8}, "gpu-eval": {"realign_eval": 1}}
     assert uses == {name: expected[name] for name in seen}
     assert {name: has.get("GPU", 0) for name, has in seen.items()} == {n: sum(u.values()) for n, u in uses.items()}
+    for group in groups:
+        counted = {k: n for k, n in seen[group["groupName"]].items() if k != "memory"}
+        assert ray_resources(group) == counted
 
 
 def test_a_job_has_the_cluster_of_the_overlay_but_keeps_no_state_in_redis() -> None:
@@ -127,6 +131,13 @@ def test_the_readme_makes_every_secret_that_the_manifests_name() -> None:
     commands = re.findall(r"kubectl -n realign create secret generic (\S+) ([^\n]*)", text)
     made = {name: frozenset(re.findall(r"--from-literal=([A-Za-z_-]+)=", rest)) for name, rest in commands}
     assert made == SECRETS
+
+
+def test_a_shipped_storage_class_is_yours_to_fill_in() -> None:
+    for overlay in OVERLAYS:
+        told = [note for note in notes(documents(overlay)) if "storage class" in note]
+        claims = "PersistentVolumeClaim/realign-models, PersistentVolumeClaim/realign-workspace: "
+        assert [note.startswith(claims) for note in told] == [True] * (overlay != "local")
 
 
 def test_the_first_run_of_the_readme_fills_in_both_digests(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from k8s.check.network import KFP
 from tests.k8s.mistakes.places import Documents, Mistake, drop, policy
+from tests.k8s.rendered import one
 
 
 def _submits(peer: dict[str, Any]) -> Callable[[Documents], object]:
@@ -16,6 +18,21 @@ def _submits(peer: dict[str, Any]) -> Callable[[Documents], object]:
 
 def _sends(cidr: str, *ports: dict[str, Any]) -> Callable[[Documents], object]:
     return lambda d: policy(d, "ray")["egress"].append({"to": [{"ipBlock": {"cidr": cidr}}], "ports": list(ports)})
+
+
+def _store(url: str) -> Callable[[Documents], object]:
+    """An object store that is not public, which the shipped policies let nobody reach."""
+    return lambda d: one(d, "ConfigMap", "realign-settings")["data"].update(AWS_ENDPOINT_URL_S3=url)
+
+
+def _stored_by_ray_alone(of: Documents) -> None:
+    _store("http://10.1.2.3:9000")(of)
+    _sends("10.1.2.3/32", {"port": 9000})(of)
+
+
+def _cut(url: str, who: str = "mlflow, ray-head, ray-worker") -> tuple[str, ...]:
+    told = rf"data.AWS_ENDPOINT_URL_S3: {re.escape(url)} is no public HTTPS address, and no NetworkPolicy lets {who} reach it"
+    return (rf"^ConfigMap/realign-settings {told}; let NetworkPolicy/mlflow and NetworkPolicy/ray send there on",)
 
 
 NOBODY_SUBMITS = (r"^NetworkPolicy/ray-jobs spec.ingress\[0\].from\[4\]: .* on 8265 is nobody",)
@@ -125,5 +142,28 @@ MISTAKES = (
     Mistake("every port of some addresses", _sends("8.8.8.0/24"), NOBODY_IS_SENT),
     Mistake("a port that no store has", _sends("8.8.8.0/24", {"port": 443, "endPort": 445}), NOBODY_IS_SENT),
     Mistake("a private address of the workers", _sends("10.1.2.3/32", {"port": 443}), NOBODY_IS_SENT),
+    *(
+        Mistake(f"a store that is cut off at {url}", _store(url), _cut(url))
+        for url in ("https://s3.example.com:9000", "http://s3.example.com")
+    ),
+    *(
+        # The autoscaler's way to the Kubernetes API is open to the head, for all private addresses as shipped.
+        Mistake(f"a store that is cut off at {url}", _store(url), _cut(url, "mlflow, (ray-head, )?ray-worker"))
+        for url in (
+            "https://10.1.2.3",
+            "https://s3.corp.local",
+            "http://minio.minio.svc:9000",
+            "https://minio-0.minio.minio.svc.cluster.local:9000",
+            "http://minio:9000",
+        )
+    ),
+    Mistake(
+        "a store that Ray alone reaches",
+        _stored_by_ray_alone,
+        (
+            r"^ConfigMap/realign-settings .* lets mlflow reach it; let NetworkPolicy/mlflow send there on port 9000, and",
+            *NOBODY_IS_SENT,
+        ),
+    ),
     Mistake("all addresses of IPv6", _sends("::/0", {"port": 443}), NOBODY_IS_SENT),
 )

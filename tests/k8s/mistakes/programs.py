@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import yaml
+
 from tests.k8s.mistakes.places import Documents, Mistake, cluster, cron, job, worker
 from tests.k8s.rendered import one
 
@@ -16,9 +18,13 @@ def _unmount(pod: Any, path: str) -> None:
     container["volumeMounts"] = [m for m in container["volumeMounts"] if m["mountPath"] != path]
 
 
+def _clusters(of: Documents) -> tuple[Any, ...]:
+    return cluster(of), job(of)["rayClusterSpec"], cron(of)["jobTemplate"]["rayClusterSpec"]
+
+
 def _everywhere(path: str) -> Callable[[Documents], object]:
     def plant(of: Documents) -> None:
-        for spec in (cluster(of), job(of)["rayClusterSpec"], cron(of)["jobTemplate"]["rayClusterSpec"]):
+        for spec in _clusters(of):
             for each in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
                 _unmount(each["template"]["spec"], path)
 
@@ -43,6 +49,32 @@ def _run_config(change: Callable[[str], str]) -> Callable[[Documents], object]:
     return plant
 
 
+def _execution(**changes: Any) -> Callable[[Documents], object]:
+    """A run config with other words in its section `execution`."""
+
+    def change(text: str) -> str:
+        config = yaml.safe_load(text)
+        for key, value in changes.items():
+            execution = config.setdefault("execution", {})
+            execution[key] = {**execution.get(key, {}), **value} if isinstance(value, dict) else value
+        return yaml.safe_dump(config)
+
+    return _run_config(change)
+
+
+_JUDGED = "evaluation:\n  judge: {kind: guard, format: wildguard, model: /workspace/guard}"
+
+
+def _few_gpus(of: Documents) -> None:
+    """One node of four GPUs for trainings."""
+    for spec in _clusters(of):
+        group = spec["workerGroupSpecs"][1]
+        group["maxReplicas"] = 1
+        group["rayStartParams"]["resources"] = '"{\\"realign_train\\": 4}"'
+        for side in group["template"]["spec"]["containers"][0]["resources"].values():
+            side["nvidia.com/gpu"] = "4"
+
+
 def _entrypoint(text: str) -> Callable[[Documents], object]:
     return lambda d: job(d).update(entrypoint=text)
 
@@ -54,6 +86,12 @@ def _read_only(of: Documents) -> None:
 
 def _mode(*modes: str) -> Callable[[Documents], object]:
     return lambda d: one(d, "PersistentVolumeClaim", "realign-workspace")["spec"].update(accessModes=list(modes))
+
+
+def _short(what: str) -> tuple[str, ...]:
+    """Said of both clusters that runs have of their own."""
+    start = r"^ConfigMap/realign-config data.realign.yaml: execution\."
+    return tuple(start + what.replace("WHOSE", whose) for whose in ("RayJob/realign-run", "RayCronJob/realign-weekly"))
 
 
 RAY = r"^Ray(Cluster|Job|CronJob)/\S+ "
@@ -154,6 +192,57 @@ MISTAKES = (
         "a run that publishes elsewhere",
         _run_config(lambda text: text.replace("mlflow.realign.svc", "mlflow.other.svc")),
         (r"^ConfigMap/realign-config data.realign.yaml: tracking.uri is http://mlflow.other.svc:5000, the pods'",),
+    ),
+    Mistake(
+        "more ranks than the groups have GPUs",
+        _few_gpus,
+        _short(
+            r"mask\.ranks: 8 ranks, each with 1 CPU, 1 GPU, 1 realign_train; the groups of WHOSE hold at most 4 "
+            r"\(gpu-train: 4 on each of 1\); ask for less, or"
+        ),
+    ),
+    Mistake(
+        "ranks of a group that is not there",
+        _execution(mask={"resource": "realign_trian"}),
+        _short(
+            r"mask\.resource: no node of the groups of WHOSE has realign_trian \(.*gpu-train: 2 with .* 8 realign_train"
+        ),
+    ),
+    Mistake(
+        "actors of a group that is not there",
+        _execution(evaluation={"resource": "realign_evil"}),
+        _short(r"evaluation\.resource: no node of the groups of WHOSE has realign_evil \("),
+    ),
+    Mistake(
+        "more actors than the groups have GPUs",
+        _execution(evaluation={"actors": 9}),
+        _short(
+            r"evaluation\.actors: 9 actors, each with .*; the groups of WHOSE hold at most 8 \(gpu-eval: 1 on each of 8\)"
+        ),
+    ),
+    Mistake(
+        "actors with more GPUs than a node",
+        _execution(evaluation={"actors": 1, "devices": 2}),
+        _short(
+            r"evaluation\.actors: 1 actor, each with 1 CPU, 2 GPU, 1 realign_eval; the groups of WHOSE hold at most 0"
+        ),
+    ),
+    Mistake(
+        "more threads than a node has CPUs",
+        _execution(threads=65),
+        _short(r"threads: a stage asks for 65 CPUs, a node of the groups of WHOSE has at most 64"),
+    ),
+    Mistake(
+        "actors of the CPU that no node holds",
+        _execution(threads=2, evaluation={"actors": 3}),
+        _short(r"evaluation\.actors: 3 actors, each with 2 CPU; the groups of WHOSE hold at most [12] \(cpu: 1 on"),
+        overlay="local",
+    ),
+    Mistake(
+        "a judge's GPU where there is none",
+        _run_config(lambda text: f"{text}\nexecution: {{judge: {{device: cuda}}}}".replace("evaluation:", _JUDGED)),
+        _short(r"judge\.device: 1 judging stage, each with 1 CPU, 1 GPU; the groups of WHOSE hold at most 0"),
+        overlay="local",
     ),
     Mistake(
         "a worker of another version",
