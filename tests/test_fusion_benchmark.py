@@ -88,6 +88,7 @@ def test_a_leg_that_fails_is_quoted() -> None:
         fusion.run([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"])
 
 
+@pytest.mark.slow
 def test_it_runs_without_mergekit_says_so_and_compares_outputs(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.fusion", "--quick", "--mergekit", "none",

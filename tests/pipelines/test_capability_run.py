@@ -51,6 +51,7 @@ def test_what_is_hashed_is_what_is_asked(config: dict[str, Any], tmp_path: Path)
         semantics(write_config(tmp_path, config), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_a_run_asks_them_of_every_model(config: dict[str, Any], tmp_path: Path) -> None:
     config["evaluation"]["capability"]["tasks"][0]["headline"] = True

@@ -110,6 +110,7 @@ def test_a_run_promotes_what_passes(directory: Path, config: dict[str, Any]) -> 
     assert version.tags["realign.config"] == "small"
 
 
+@pytest.mark.slow
 def test_the_version_in_service_is_what_the_registry_says(directory: Path, config: dict[str, Any]) -> None:
     client = registry(directory)
     [version] = versions(directory)
@@ -134,6 +135,7 @@ def test_the_version_in_service_is_what_the_registry_says(directory: Path, confi
     assert any("asked or judged in another way" in note for note in entry["notes"])
 
 
+@pytest.mark.slow
 def test_actors_leave_the_same_records(directory: Path, config: dict[str, Any], tmp_path: Path) -> None:
     done, _ = gated(directory, config, {"metric": "asr", "at_most": 1.0})
     assert done.returncode == 0, done.stderr

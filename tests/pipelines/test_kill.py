@@ -49,7 +49,7 @@ def kill_after(config: Path, workspace: Path, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("kills", "finetunes"), [(2, ("hi",)), pytest.param(10, ("zh", "hi"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "finetunes"), [(1, ("hi",)), pytest.param(10, ("zh", "hi"), marks=pytest.mark.slow)])
 def test_killed_runs_end_as_an_unbroken_one(tmp_path: Path, kills: int, finetunes: tuple[str, ...]) -> None:
     config = write_config(tmp_path, small_config(tmp_path, finetunes=finetunes))
     started = time.monotonic()
@@ -57,7 +57,7 @@ def test_killed_runs_end_as_an_unbroken_one(tmp_path: Path, kills: int, finetune
     took = time.monotonic() - started
     assert reference.returncode == 0, reference.stderr
     expected = results(tmp_path / "unbroken")
-    moments = random.Random(kills)
+    moments = random.Random(2)  # late at first, so that there is something to go on with
     broken, killed = tmp_path / "broken-0", 0
     for i in range(1, 4 * kills):
         # Each kill meets the run where the last one left it; when a run gets through, the next one starts afresh, and as this
@@ -73,6 +73,7 @@ def test_killed_runs_end_as_an_unbroken_one(tmp_path: Path, kills: int, finetune
         if killed == kills:
             break
     assert killed == kills
+    assert records(broken)
     last = run(config, broken)
     assert last.returncode == 0, last.stderr
     assert results(broken) == expected
@@ -90,8 +91,6 @@ def test_a_run_that_is_asked_to_end_says_how_to_go_on(tmp_path: Path, number: si
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell starts what it puts into the background with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as driver:
         deadline = time.monotonic() + 120
         while not records(workspace) and time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import shutil
@@ -19,11 +20,14 @@ from typing import Any
 import pytest
 from kfp import local
 from ray._private.authentication_test_utils import reset_auth_token_state
+from typer.testing import CliRunner
 
 from components.reporting.schema import check_summary, read_summary
+from pipelines.cli import app
 from pipelines.kubeflow import make_pipeline
 from pipelines.kubeflow_steps import Place, jobs_of_run, run_stages, submission_id
 from ray_jobs.jobs import stop_jobs
+from tests.mlflow_server import free_port
 from tests.pipelines.pipelines import IMAGE
 from tests.pipelines.small import command, records, small_config, write_config
 from tests.ray_head import RayHead, ray_head
@@ -69,6 +73,12 @@ class Run:
         return found["metadata"]
 
 
+@pytest.fixture(autouse=True)
+def _print(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kfp.local` indents what is printed while a step runs, by a `print` of its own; steps at once put back the wrong one."""
+    monkeypatch.setattr(builtins, "print", builtins.print)
+
+
 def run_pipeline(head: RayHead, directory: Path, config: dict[str, Any], **given: Any) -> Run:
     made = make_pipeline(write_config(directory, config), image=IMAGE)
     out, workspace, failed = directory / "out", directory / "pipeline", ""
@@ -93,6 +103,7 @@ def emptied(config: dict[str, Any], directory: Path, name: str) -> dict[str, Any
     return {**config["finetunes"][0], "name": name, "path": str(directory / name)}
 
 
+@pytest.mark.slow
 def test_a_run_whose_finetunes_are_all_broken_has_its_summary_and_fails_last(head: RayHead, tmp_path: Path) -> None:
     config = small_config(tmp_path, finetunes=("zh",))
     config["finetunes"] = [emptied(config, tmp_path, "empty"), emptied(config, tmp_path, "left-out")]
@@ -189,7 +200,10 @@ def test_the_jobs_of_one_run_are_stopped_and_no_others(head: RayHead) -> None:
     other = submission_id("other", "zh", ["fuse"])
     for name in (*mine, other):
         client.submit_job(entrypoint="sleep 600", submission_id=name)
-    assert sorted(stop_jobs(head.address, jobs_of_run("mine"))) == sorted(mine)
+    nobody = f"http://127.0.0.1:{free_port()}"
+    done = CliRunner().invoke(app, ["pipeline", "cancel", "mine", "--host", nobody, "--ray-address", head.address])
+    assert f"does not answer at {nobody}" in str(done.exception)
+    assert sorted(done.stdout.removeprefix("stopped ").strip().split(", ")) == sorted(mine)
     ends = time.monotonic() + 60
     while {jobs(head)[name] for name in mine} != {"STOPPED"}:
         assert time.monotonic() < ends

@@ -112,6 +112,7 @@ def test_the_way_from_a_model_to_another(
     assert not (out / ".state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.xdist_group("run")
 def test_a_killed_command_goes_on(models: Path, config: Path, tmp_path: Path) -> None:

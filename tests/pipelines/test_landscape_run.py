@@ -192,6 +192,7 @@ def test_a_gate_on_visage_opens_and_shuts(finished: Finished) -> None:
     assert "beyond the bound" in finished.zh["gate"]["findings"][0]["reason"]
 
 
+@pytest.mark.slow
 def test_a_landscape_that_fails_is_told_and_shuts_the_gate(finished: Finished, tmp_path: Path) -> None:
     import shutil
 

@@ -18,6 +18,7 @@ from tests.pipelines.small import run, small_config, write_config
 pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("run")]
 
 
+@pytest.mark.slow
 def test_a_merge_is_realigned_as_one_model(tmp_path: Path) -> None:
     config: dict[str, Any] = small_config(tmp_path)
     missing = {**config["finetunes"][0], "name": "empty", "path": str(tmp_path / "nothing")}

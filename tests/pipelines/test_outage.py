@@ -12,7 +12,7 @@ import pytest
 from tests.mlflow_server import MlflowServer
 from tests.pipelines.small import command, records, run, small_config, write_config
 
-pytestmark = [pytest.mark.service, pytest.mark.multiproc, pytest.mark.xdist_group("run")]
+pytestmark = [pytest.mark.slow, pytest.mark.service, pytest.mark.multiproc, pytest.mark.xdist_group("run")]
 
 
 def wait_for(what: str, found: Any, process: subprocess.Popen[bytes]) -> None:

@@ -127,6 +127,7 @@ def test_a_second_sweep_waits_says_so_and_writes_nothing_in_mlflow_that_is_there
     assert store.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_going_on_tries_only_what_is_new_and_other_prompts_begin_with_what_did_well(swept: Swept) -> None:
     [before] = swept.result["targets"]
     more = sweep(swept.path, swept.workspace, "--trials", "6", "--actors", "1", "--only")

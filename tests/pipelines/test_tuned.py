@@ -115,6 +115,7 @@ def read(directory: str | Path, **options: Any) -> Any:
     return open_checkpoint(Path(directory), **options).source
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.xdist_group("run")
 def test_a_run_makes_measures_and_serves_what_was_tuned(tmp_path: Path) -> None:
@@ -146,6 +147,7 @@ def test_a_run_makes_measures_and_serves_what_was_tuned(tmp_path: Path) -> None:
         torch.testing.assert_close(read_whole(fused, name).double(), wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.xdist_group("run")
 def test_a_run_merges_anew_what_was_tuned_as_a_merge(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_two_ranks_of_zero_3_train_the_mask_of_one_process(tmp_path: Path) -> No
     assert_same_training(place / "zero3", alone(place, "realign"))
 
 
+@pytest.mark.slow
 def test_two_ranks_of_zero_3_train_the_factors_mask_of_one_process(tmp_path: Path) -> None:
     place = workplace(tmp_path, "lora-llama")
     job = {"place": str(place), "settings": settings_of("paper")}
@@ -137,6 +138,7 @@ def test_what_lies_over_files_is_trained_to_the_same_bits(tmp_path: Path) -> Non
     assert list(files.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_bf16_is_trained_as_in_one_process_and_near_fp32(tmp_path: Path) -> None:
     """bf16 rounds every layer's output to 2⁻⁹ of its size. One step's loss agrees to 1 %, the direction of its gradient (Adam's
     first moment) to a cosine of 0.99 with fp32's and of 0.999 with the one process', whose sums are rounded elsewhere. Without
@@ -185,6 +187,7 @@ def test_a_partitioned_bf16_model_computes_its_buffers_in_fp32(tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_one_rank_that_is_asked_to_end_takes_the_others_along_with_their_state_saved(tmp_path: Path) -> None:
     place = workplace(tmp_path, "llama")
     job = {"place": str(place), "settings": settings_of("realign"), "zero": {"stage": 1}}

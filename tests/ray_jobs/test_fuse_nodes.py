@@ -63,6 +63,7 @@ def spec(workspace: Path, models: dict[str, Path], fusion: dict[str, object]) ->
     )
 
 
+@pytest.mark.slow
 def test_two_nodes_write_the_model_of_one_process(tmp_path: Path) -> None:
     aligned = llama(0)
     models = {

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.components.evaluation import tiny
 from tests.ray_jobs import landscape_driver
 
-pytestmark = [pytest.mark.multiproc, pytest.mark.xdist_group("jobs")]
+pytestmark = [pytest.mark.slow, pytest.mark.multiproc, pytest.mark.xdist_group("jobs")]
 
 
 def _driver(directory: Path, what: str) -> subprocess.CompletedProcess[str]:

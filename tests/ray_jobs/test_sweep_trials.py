@@ -43,6 +43,7 @@ def seen(place: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_a_lost_actors_candidate_is_tried_again(seen: dict[str, Any]) -> None:
     assert seen["before"] >= 4
     assert seen["told"] == SETTINGS.trials - seen["before"]
@@ -55,11 +56,13 @@ def test_a_killed_sweep_goes_on_and_a_lost_actors_candidate_is_tried_again(seen:
     assert seen["storage"] == []
 
 
+@pytest.mark.slow
 def test_more_lost_actors_than_allowed_end_a_sweep_with_a_remedy(seen: dict[str, Any]) -> None:
     assert seen["too many"].startswith("more than 0 actors were lost (")
     assert "execution.sweep.max_losses" in seen["too many"]
 
 
+@pytest.mark.slow
 def test_candidates_have_the_same_hits_whoever_tries_them(seen: dict[str, Any]) -> None:
     found = set()
     for key, (hits, stopped) in seen["resumed"].items():

@@ -140,6 +140,7 @@ def test_no_answer_is_cut_by_the_run_configs_limit() -> None:
 # -- how it is built ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_a_build_that_was_cut_off_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     """Also: two builds of one seed are equal byte for byte, and of two that start together one does the work."""
