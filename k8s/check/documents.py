@@ -140,6 +140,11 @@ class Documents:
             if namespace is None or d["metadata"].get("namespace", "default") == namespace
         }
 
+    def find(self, kind: str, name: str | None, namespace: str) -> Document | None:
+        """The document of that kind and name in a namespace."""
+        found = (d for d in self.of(kind) if d["metadata"]["name"] == name and place(d) == namespace)
+        return next(found, None)
+
     @cached_property
     def clusters(self) -> list[RayCluster]:
         found = [RayCluster(d, "spec", d.get("spec") or {}) for d in self.of("RayCluster")]

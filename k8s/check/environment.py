@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from k8s.check.documents import Container, Document, Documents, Pod, place
+from k8s.check.documents import Container, Document, Documents, Pod
 
 
 def variables_of(pod: Pod, container: Container, documents: Documents) -> dict[str, str] | None:
@@ -11,7 +11,7 @@ def variables_of(pod: Pod, container: Container, documents: Documents) -> dict[s
     for source in container.spec.get("envFrom") or []:
         name = (source.get("configMapRef") or {}).get("name")
         if name is not None:
-            document = config_map(name, pod.namespace, documents)
+            document = documents.find("ConfigMap", name, pod.namespace)
             if document is None:
                 return None
             found |= {source.get("prefix", "") + key: value for key, value in (document.get("data") or {}).items()}
@@ -22,11 +22,5 @@ def _value(variable: Document, pod: Pod, documents: Documents) -> str:
     reference = (variable.get("valueFrom") or {}).get("configMapKeyRef")
     if reference is None:
         return str(variable.get("value", ""))
-    document = config_map(reference.get("name", ""), pod.namespace, documents) or {}
+    document = documents.find("ConfigMap", reference.get("name"), pod.namespace) or {}
     return str((document.get("data") or {}).get(reference.get("key"), ""))
-
-
-def config_map(name: str, namespace: str, documents: Documents) -> Document | None:
-    """The ConfigMap of that name in a namespace."""
-    maps = (d for d in documents.of("ConfigMap") if d["metadata"]["name"] == name and place(d) == namespace)
-    return next(maps, None)

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from components.errors import ConfigError
 from k8s.check.documents import Container, Document, Documents, Pod, RayCluster, job_spec, place
-from k8s.check.environment import config_map, variables_of
+from k8s.check.environment import variables_of
 from k8s.check.finding import Finding, named
 from k8s.check.ray import gpus
 from k8s.check.room import room_findings
@@ -159,7 +159,7 @@ def _config(
         return
     volume = _volume(head, mount) or {}
     source = volume.get("configMap")
-    config = config_map(source["name"], head.namespace, documents) if source else None
+    config = documents.find("ConfigMap", source["name"], head.namespace) if source else None
     if source is None or config is None:
         return  # a file of another volume, or a ConfigMap that another rule misses
     key = mount.get("subPath") or str(PurePosixPath(file).relative_to(mount["mountPath"]))

@@ -114,10 +114,10 @@ def _config(pod: Pod, path: str, reference: Document, documents: Documents) -> I
     name, key = reference.get("name"), reference.get("key")
     if name in CLUSTERS_OWN or reference.get("optional"):
         return
-    maps = [d for d in documents.of("ConfigMap") if d["metadata"]["name"] == name and place(d) == pod.namespace]
-    if not maps:
+    found = documents.find("ConfigMap", name, pod.namespace)
+    if found is None:
         yield Finding(pod.name, path, f"there is no ConfigMap {name}", "define it, or mend the name")
-    elif key is not None and key not in (maps[0].get("data") or {}):
+    elif key is not None and key not in (found.get("data") or {}):
         yield Finding(pod.name, path, f"the ConfigMap {name} has no key {key}", "add it, or mend the key")
 
 

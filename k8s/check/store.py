@@ -183,9 +183,9 @@ def _is_for_others(pods: Document | None, service: tuple[str, str], documents: D
     """Whether a selector is for pods of the manifests that are not a Service's own."""
     name, namespace = service
     meant = selected(pods, namespace, documents) if pods else []
-    services = [d for d in documents.of("Service") if d["metadata"]["name"] == name and place(d) == namespace]
-    labels = (services[0].get("spec") or {}).get("selector") if services else None
-    if services and not labels:
+    found = documents.find("Service", name, namespace)
+    labels = (found.get("spec") or {}).get("selector") if found else None
+    if found and not labels:
         return False  # it leads out of the cluster, or to addresses that somebody else writes down
     return bool(meant) and not any(labels and selects({"matchLabels": labels}, pod.labels) for pod in meant)
 
